@@ -1,0 +1,43 @@
+"""Trust-region post-training for Hugging Face TRL.
+
+Names are imported on first use: `import trl_trust` loads neither torch nor TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .methods import METHODS
+
+
+__version__ = "0.1.0.dev0"
+
+# public name -> module that defines it
+_EXPORTS = {
+    "PolicyBatch": "trl_trust.policy.base",
+    "PolicyLoss": "trl_trust.policy.base",
+    "Rollouts": "trl_trust.policy.base",
+    "TrustGRPOConfig": "trl_trust.policy.base",
+    "TrustGRPOTrainer": "trl_trust.policy.base",
+}
+for _method in METHODS:
+    for _name in (_method.trainer, _method.config, _method.loss):
+        _EXPORTS[_name] = _method.module
+
+if TYPE_CHECKING:
+    from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
+    from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
+    from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss
+
+__all__ = ["METHODS", "__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # the next access is an ordinary attribute
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,77 @@
+"""The one table of methods. The command line, the docs, the tests and the benchmarks all read it.
+
+A new method is one row here and one module; nothing else has to be told about it. This module imports neither torch
+nor TRL, so that `import trl_trust` and `trl-trust methods` stay instant.
+"""
+
+from dataclasses import dataclass
+
+
+# What a user may believe about a method's formulas, from strongest to weakest.
+GRADES = {
+    "exact": "formulas and defaults taken from the authors' own code or the paper's own equations",
+    "structure confirmed": "what the method does is confirmed by the paper; details come from third-party code or are ours",
+    "adapted": "exact in the setting of its paper, carried over to language models here",
+    "reconstruction": "no equation of the paper was available; ours is a reading of what is published about it",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: What a user types, `trl-trust NAME`, and the recipe folder `recipes/NAME/`.
+        title: How the method is written in prose.
+        module: Module that holds loss, Config and Trainer.
+        trainer: Class name of the trainer in `module`.
+        config: Class name of the config in `module`.
+        paper: arXiv identifier.
+        grade: A key of [`GRADES`].
+        summary: What it changes, against its nearest TRL loss, in one line.
+        loss: Name of the pure loss function in `module`, exported too.
+    """
+
+    name: str
+    title: str
+    module: str
+    trainer: str
+    config: str
+    paper: str
+    grade: str
+    summary: str
+    loss: str
+
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="dispo",
+        title="DISPO",
+        module="trl_trust.policy.dispo",
+        trainer="DISPOTrainer",
+        config="DISPOConfig",
+        paper="2602.00983",
+        grade="structure confirmed",
+        summary="REINFORCE weight clipped from both sides, with one band for correct and one for incorrect responses",
+        loss="dispo_loss",
+    ),
+    Method(
+        name="dppo",
+        title="DPPO",
+        module="trl_trust.policy.dppo",
+        trainer="DPPOTrainer",
+        config="DPPOConfig",
+        paper="2602.04879",
+        grade="exact",
+        summary="drops a token when a divergence to the sampling policy, not a ratio, leaves the region",
+        loss="dppo_loss",
+    ),
+)
+
+
+def get_method(name: str) -> Method:
+    """Return the row called `name`, or raise `KeyError` naming the known ones."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise KeyError(f"unknown method {name!r}; known methods: {', '.join(m.name for m in METHODS)}")
