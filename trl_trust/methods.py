@@ -10,7 +10,7 @@ from dataclasses import dataclass
 # What a user may believe about a method's formulas, from strongest to weakest.
 GRADES = {
     "exact": "formulas and defaults taken from the authors' own code or the paper's own equations",
-    "structure confirmed": "what the method does is confirmed by the paper; details come from third-party code or are ours",
+    "structure confirmed": "the paper confirms what the method does; details come from third-party code or are ours",
     "adapted": "exact in the setting of its paper, carried over to language models here",
     "reconstruction": "no equation of the paper was available; ours is a reading of what is published about it",
 }

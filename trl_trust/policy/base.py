@@ -1,0 +1,689 @@
+"""The seam: GRPO with an exchangeable policy term.
+
+`GRPOTrainer` computes its loss in one method in which some thirty lines are the policy term and the rest is plumbing:
+fused log-probabilities, tool masks, importance correction, reference KL, entropy bonus, aggregation, metrics. Here the
+plumbing is written once, and a method is what remains: a pure function of tensors
+
+    dispo_loss(batch: PolicyBatch, *, epsilon_pos_low, ...) -> PolicyLoss
+
+and a trainer whose `policy_loss` calls it. This is the only module that knows the insides of `GRPOTrainer`. Each
+private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails when the installed TRL differs.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.extras.profiling import profiling_decorator
+from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it splits a generation batch
+    get_config_model_id,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
+
+
+logger = get_logger(__name__)
+
+AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+# |log ratio| beyond which exp() is capped in telemetry and in methods whose spec allows it: e^20 is 5e8.
+LOG_RATIO_LIMIT = 20.0
+
+# Inputs that a multimodal model reads besides token ids; the names `GRPOTrainer` gives them.
+MULTIMODAL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def paper(title: str, arxiv: str) -> dict[str, str]:
+    """The `_paper` of a trainer, from which TRL writes the model card."""
+    key, year = "".join(c for c in title.split(":")[0].lower() if c.isalnum()), f"20{arxiv[:2]}"
+    entries = {"title": f"{{{title}}}", "year": year, "eprint": f"arXiv:{arxiv}"}
+    body = "".join(f"    {name:6} = {{{value}}},\n" for name, value in entries.items())
+    citation = f"@misc{{{key},\n{body}}}"
+    return {"title": title, "id": arxiv, "citation": citation}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a policy term sees and returns
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What a policy term may read. B responses, T completion tokens; only `logps` (and `entropies`) carry gradient.
+
+    Attributes:
+        logps: (B, T) log-probabilities of the sampled tokens under the policy being trained.
+        old_logps: (B, T) the same under the policy at generation time, as the trainer computed it.
+        mask: (B, T) 1 where a token counts: inside the completion, and written by the model rather than by a tool.
+        advantages: (B, 1), or (B, T) from subclasses that give one per token.
+        entropies: (B, T) entropy of the next-token distribution at each position, in nats.
+        ref_logps: (B, T) under the reference model; `None` when `beta` is 0.
+        sampling_logps: (B, T) as reported by the sampler (vLLM), NaN where it could not score a token; `None` without.
+        rewards: (B,) weighted sum of the rewards, NaN where no reward function scored the response.
+        group: (B,) index of the prompt a response answers, within the generation batch and over all processes.
+        extras: row tensors that the method added in [`TrustGRPOTrainer.extend_rollouts`], by name.
+    """
+
+    logps: Tensor
+    old_logps: Tensor
+    mask: Tensor
+    advantages: Tensor
+    entropies: Tensor | None = None
+    ref_logps: Tensor | None = None
+    sampling_logps: Tensor | None = None
+    rewards: Tensor | None = None
+    group: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sampler_logps(self) -> Tensor:
+        """(B, T) log-probabilities under the policy that generated: the sampler's where known, else `old_logps`."""
+        if self.sampling_logps is None:
+            return self.old_logps
+        return torch.where(self.sampling_logps.isnan(), self.old_logps, self.sampling_logps)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a policy term returns.
+
+    Attributes:
+        per_token_loss: (B, T), or (B, 1) when a response is one action. Positions outside the mask may hold anything
+            finite.
+        metrics: name to tensor. A (B, T) tensor is averaged over the live tokens, a (B, 1) tensor over the responses,
+            a 0-d tensor over processes; where the name ends in `min` or `max`, the extremum is taken instead. NaN
+            entries do not count. Names must not depend on the data: every process has to report the same ones.
+        batch_loss: 0-d term for losses that are no sum over rows (pairwise ones). It is added after aggregation and
+            divided by the number of accumulated micro-batches; masks and corrections do not touch it.
+    """
+
+    per_token_loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    batch_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One generation batch before it is shuffled and split. n rows here, N over all processes.
+
+    Attributes:
+        examples: n rows of the data set, one a response.
+        prompts: n prompts, text or messages.
+        completions: n completions, text or messages.
+        completion_ids: n lists of token ids.
+        rewards: (N,) weighted sum of the rewards over *all* processes, whole groups in order; NaN where unscored.
+        num_generations: responses a prompt; `rewards.view(-1, num_generations)` has one group a row.
+        rows: the slice of the N rows that this process holds.
+        tensors: what `GRPOTrainer` made of them: padded ids and masks, `advantages` (n,), log-probabilities.
+    """
+
+    examples: list[dict[str, Any]]
+    prompts: list
+    completions: list
+    completion_ids: list[list[int]]
+    rewards: Tensor
+    num_generations: int
+    rows: slice
+    tensors: dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The clipped term that GRPO, GSPO and several methods share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor, delta: float | None = None
+) -> Tensor:
+    """PPO's pessimistic surrogate, as a loss: `-min(min(ratio, delta) A, clip(ratio, 1 - low, 1 + high) A)`.
+
+    Args:
+        ratio: (B, T) or (B, 1).
+        advantages: broadcastable to `ratio`.
+        low, high: widths below and above 1, a number or a tensor broadcastable to `ratio`.
+        delta: cap of the unclipped branch (two-sided clipping, INTELLECT-2); `None` for none.
+    """
+    clipped = torch.clamp(ratio, 1 - low, 1 + high)
+    if delta is not None:
+        ratio = torch.clamp(ratio, max=delta)
+    return -torch.min(ratio * advantages, clipped * advantages)
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) to (B, 1): mean of `x` over each response's live tokens, 0 for a response without any."""
+    return (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+def grpo_loss(
+    batch: PolicyBatch,
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    importance_sampling_level: str = "token",
+) -> PolicyLoss:
+    """GRPO's clipped term (arXiv 2402.03300, eq. 3), or GSPO's (2507.18071) at `importance_sampling_level="sequence"`.
+
+    It is TRL's own term in the shape of this package: the proof that the base loses nothing, and what other methods
+    reduce to. Metrics: `clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean}`, as TRL logs them.
+    """
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    log_ratio = batch.logps - batch.old_logps  # (B, T)
+    if importance_sampling_level == "sequence":
+        log_ratio = sequence_mean(log_ratio, batch.mask)  # (B, 1)
+    ratio = torch.exp(log_ratio)
+
+    capped = ratio if delta is None else torch.clamp(ratio, max=delta)
+    low = ((capped < 1 - epsilon) & (batch.advantages < 0)).float()
+    high = ((capped > 1 + epsilon_high) & (batch.advantages > 0)).float()
+    # NaN, not 0, for an empty response: it has no clip ratio that could be the smallest
+    by_sequence = lambda x: x if x.shape[1] == 1 else (x * batch.mask).sum(-1, keepdim=True) / batch.mask.sum(-1, True)
+    return PolicyLoss(
+        clipped_surrogate(ratio, batch.advantages, epsilon, epsilon_high, delta),
+        {
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low + high,
+            "clip_ratio/low_min": by_sequence(low),
+            "clip_ratio/high_max": by_sequence(high),
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Config
+# --------------------------------------------------------------------------------------------------------------------
+
+_OTHER_LOSSES = {
+    "cispo": "use `DISPOConfig` with equal widths, which is CISPO, or `trl.GRPOTrainer`",
+    "sapo": "use `trl.GRPOTrainer`",
+    "vespo": "use `trl.GRPOTrainer`",
+    "luspo": "use `trl.GRPOTrainer`",
+}
+
+
+@dataclass
+class TrustGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`TrustGRPOTrainer`]: every field of [`trl.GRPOConfig`], with two changes of meaning.
+
+    `loss_type` is the *aggregation* only (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`), since the policy term is the
+    method. And nothing is ignored in silence: a field that the method does not read raises when it is set.
+
+    Raises:
+        ValueError: at construction, for a `loss_type` that names another policy term, a field in `unread_fields` that
+            differs from TRL's default, or a batch that cannot hold whole groups where the method needs them.
+    """
+
+    # field -> what to do instead; subclasses extend it
+    unread_fields: ClassVar[dict[str, str]] = {
+        "sapo_temperature_neg": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
+        "sapo_temperature_pos": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
+        "vespo_k_pos": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
+        "vespo_lambda_pos": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
+        "vespo_k_neg": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
+        "vespo_lambda_neg": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
+    }
+
+    @property
+    def anchors_on_sampler(self) -> bool:
+        """Whether the ratio is taken to the sampling policy; then the vLLM correction is not applied a second time."""
+        return False
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """Whether a micro-batch must hold all responses to its prompts."""
+        return False
+
+    @property
+    def needs_stale_rollouts(self) -> bool:
+        """Whether the trust region does nothing as long as every update uses fresh rollouts."""
+        return not (self.anchors_on_sampler and self.use_vllm)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the fields this class adds or reinterprets. Subclasses extend it."""
+        if self.loss_type not in AGGREGATIONS:
+            mend = _OTHER_LOSSES.get(self.loss_type, "it is not known")
+            raise ValueError(
+                f"loss_type={self.loss_type!r}: in {type(self).__name__}, `loss_type` is the aggregation only, one of "
+                f"{', '.join(AGGREGATIONS)}; for another policy term {mend}."
+            )
+        if self.importance_sampling_level not in ("token", "sequence"):
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} must be 'token' or 'sequence'."
+            )
+        for name, mend in self.unread_fields.items():
+            value, default = getattr(self, name), GRPOConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r}: {type(self).__name__} does not read `{name}`; {mend}. Leave it at {default!r}."
+                )
+        if self.needs_whole_groups:
+            self._check_whole_groups("per_device_train_batch_size", "num_generations")
+            if self.eval_strategy != "no":
+                generations = "num_generations" if self.num_generations_eval is None else "num_generations_eval"
+                self._check_whole_groups("per_device_eval_batch_size", generations)
+
+    def _check_whole_groups(self, batch: str, generations: str) -> None:
+        size, group = getattr(self, batch), getattr(self, generations)
+        if size % group != 0:
+            raise ValueError(
+                f"{batch}={size}: {type(self).__name__} compares the responses to one prompt, so a micro-batch must "
+                f"hold whole groups. Make it a multiple of {generations}={group}; accumulation leaves the number of "
+                f"prompts an update free."
+            )
+
+    def _require(self, ok: bool, name: str, mend: str) -> None:
+        """Raise `ValueError` naming the field and its value unless `ok`."""
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r} {mend}.")
+
+    @classmethod
+    def from_grpo_config(cls, args: GRPOConfig) -> "TrustGRPOConfig":
+        """Turn a plain `GRPOConfig` into this class, so that swapping the trainer class alone is enough.
+
+        A field at TRL's default takes this class's default where the two differ.
+        """
+        # `args` is already processed (dtypes, derived batch sizes), so it is copied, not constructed a second time
+        config = copy.copy(args)
+        config.__class__ = cls
+        for f in fields(cls):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            theirs = GRPOConfig.__dataclass_fields__.get(f.name)
+            if theirs is None or (getattr(args, f.name) == theirs.default != default):
+                setattr(config, f.name, default)
+        config.validate()
+        return config
+
+
+def is_number(x: Any, *, low: float = -math.inf, finite: bool = True) -> bool:
+    """Whether `x` is a number of at least `low`, not NaN, and finite unless `finite=False`."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x >= low and (math.isfinite(x) or not finite)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trainer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TrustGRPOTrainer(GRPOTrainer):
+    """
+    [`trl.GRPOTrainer`] with an exchangeable policy term; on its own, GRPO or GSPO with the `trust/` telemetry.
+
+    It takes the arguments of `GRPOTrainer`. `args` may be a plain [`trl.GRPOConfig`]: it is converted with
+    [`TrustGRPOConfig.from_grpo_config`]. A method subclasses it, sets `config_class`, and overrides `policy_loss`; see
+    CONTRIBUTING.md.
+
+    Beside the metrics of `GRPOTrainer` it logs, over the live tokens of each micro-batch:
+
+    - `trust/ratio/{min,p01,mean,p99,max}`: the importance ratio of the sampled tokens, to the anchor of the method;
+    - `trust/ess`: effective sample size of the ratios, `(sum w)^2 / (n sum w^2)`;
+    - `trust/kl`: KL(old || new) by the k3 estimator; `trust/tv`: mean of |new - old| over the sampled tokens'
+      probabilities;
+    - `trust/zero_grad`: fraction of tokens whose policy gradient is exactly zero; `trust/cut`: the part of it that has
+      a non-zero advantage, i.e. what the trust region cut.
+
+    Raises:
+        ValueError: for settings the method cannot honour (see [`TrustGRPOConfig`]).
+    """
+
+    config_class: ClassVar[type[TrustGRPOConfig]] = TrustGRPOConfig
+
+    def __init__(self, model, reward_funcs=None, args=None, *rest, **kwargs):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self.config_class):
+            args = self.config_class.from_grpo_config(args)
+        self._trust_window = []  # (names, (K, 2) statistics) of the micro-batches since the last optimizer step
+        self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
+        self._trust_rollouts = None  # arguments and result of the last `_calculate_rewards`
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if args.needs_stale_rollouts and self._updates_are_on_policy():
+            logger.warning(
+                f"With gradient_accumulation_steps={args.gradient_accumulation_steps}, "
+                f"steps_per_generation={args.steps_per_generation} and num_iterations={args.num_iterations}, every "
+                f"update uses fresh rollouts: the importance ratio is identically 1 and the trust region of "
+                f"{self._name} does nothing. Set steps_per_generation to a multiple of gradient_accumulation_steps "
+                f"(2 or more times it), or num_iterations above 1."
+            )
+
+    def _updates_are_on_policy(self) -> bool:
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    # -- what a method overrides -------------------------------------------------------------------------------------
+
+    def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
+        """The policy term. Called once a micro-batch, in training and evaluation, on every process."""
+        return grpo_loss(batch, **self.settings(grpo_loss))
+
+    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Row tensors, (n, ...), to attach to a generation batch; they reach `PolicyBatch.extras` through the shuffle.
+
+        Called once a generation batch, on every process: the place for teacher log-probabilities and group statistics.
+        """
+        return {}
+
+    def settings(self, loss: Callable[..., PolicyLoss]) -> dict[str, Any]:
+        """The keyword arguments of a pure loss, read from the config's fields of the same names."""
+        parameters = inspect.signature(loss).parameters.values()
+        return {p.name: getattr(self.args, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    # -- rollouts: carry rewards, groups and extras along ------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # TRL 1.16: called once by `_generate_and_score_completions`; returns (N, functions), gathered over processes
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._trust_rollouts = (inputs, prompts, completions, completion_ids_list, rewards_per_func)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        # TRL 1.16: returns the dict of row tensors that `_prepare_inputs` shuffles and splits; keys added here survive
+        output = super()._generate_and_score_completions(inputs)
+        examples, prompts, completions, completion_ids, rewards_per_func = self._trust_rollouts
+        self._trust_rollouts = None
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)  # (N,)
+        rewards = rewards.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+        num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        n, start = len(prompts), self.accelerator.process_index * len(prompts)
+        rows = slice(start, start + n)
+
+        output["rewards"] = rewards[rows]  # (n,)
+        output["group"] = torch.arange(start, start + n, device=rewards.device) // num_generations  # (n,)
+        extras = self.extend_rollouts(
+            Rollouts(examples, prompts, completions, completion_ids, rewards, num_generations, rows, output)
+        )
+        for name, tensor in extras.items():
+            if len(tensor) != n:
+                raise ValueError(f"extend_rollouts: {name!r} has {len(tensor)} rows, but the batch has {n}.")
+            output[f"extras/{name}"] = tensor
+        return output
+
+    def _prepare_inputs(self, generation_batch):
+        # TRL 1.16 shuffles single rows here. Where a method compares responses to one prompt, whole groups are
+        # shuffled instead; the rest of the schedule (`_step`, `_buffered_inputs`) is TRL's own.
+        if not (self.args.needs_whole_groups and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._buffered_inputs is None or self._step % (steps * self.num_iterations) == 0:
+            rollouts = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            parts = split_tensor_dict(_shuffle_groups(rollouts, self.num_generations), steps)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+        return self._buffered_inputs[self._step % steps]
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    @profiling_decorator
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
+        logps, entropies, aux_loss = self.score_completions(model, inputs)
+        if not torch.is_grad_enabled():
+            logps = logps.detach().requires_grad_()  # a leaf, so that telemetry sees the policy gradient in eval too
+        batch = self._policy_batch(inputs, logps, entropies)
+        anchor_logps = batch.sampler_logps if self.args.anchors_on_sampler else batch.old_logps
+        with torch.enable_grad():
+            policy = self.policy_loss(batch)
+
+        metrics = dict(policy.metrics)
+        metrics.update(_telemetry(batch, policy, anchor_logps))
+        metrics["entropy"] = entropies
+
+        entropy_mask = self._entropy_mask(entropies, batch.mask)
+        per_token_loss = self._reweight(policy.per_token_loss, batch, entropy_mask, inputs)
+        if self.beta != 0.0:
+            kl = self._reference_kl(batch, anchor_logps)
+            per_token_loss = per_token_loss + self.beta * kl
+            metrics["kl"] = kl
+
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        loss, policy_loss = self._aggregate(per_token_loss, batch.mask, inputs["num_items_in_batch"], accumulation)
+        if policy.batch_loss is not None:
+            loss = loss + policy.batch_loss / accumulation
+            policy_loss = policy_loss + policy.batch_loss.detach()
+        if self._entropy_bonus_enabled:
+            bonus_mask = batch.mask if entropy_mask is None else batch.mask * entropy_mask
+            loss = loss - self._entropy_bonus(entropies, bonus_mask) / accumulation
+            metrics["policy_loss"] = policy_loss
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
+            metrics["aux_loss"] = aux_loss
+        self._record(metrics, batch.mask)
+        return loss
+
+    def score_completions(self, model, inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities (B, T) and entropies (B, T) of the completion tokens, and the MoE auxiliary loss (0-d)."""
+        # TRL 1.16: goes through the fused head, so logits are never held
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
+        )
+
+    def _policy_batch(self, inputs, logps: Tensor, entropies: Tensor) -> PolicyBatch:
+        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        old_logps = inputs.get("old_per_token_logps")  # TRL leaves it out when updates and generations are aligned
+        return PolicyBatch(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            mask=mask.float(),
+            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+            entropies=entropies,
+            ref_logps=inputs.get("ref_per_token_logps"),
+            sampling_logps=inputs.get("sampling_per_token_logps"),
+            rewards=inputs.get("rewards"),
+            group=inputs.get("group"),
+            extras={key.removeprefix("extras/"): inputs[key] for key in inputs if key.startswith("extras/")},
+        )
+
+    def _entropy_mask(self, entropies: Tensor, mask: Tensor) -> Tensor | None:
+        if self.top_entropy_quantile >= 1.0:
+            return None
+        return self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)  # (B, T), bool
+
+    def _reweight(self, per_token_loss: Tensor, batch: PolicyBatch, entropy_mask: Tensor | None, inputs) -> Tensor:
+        """Apply what drops or reweights tokens whatever the policy term is."""
+        if self.off_policy_mask_threshold is not None:
+            sampling = batch.old_logps if batch.sampling_logps is None else batch.sampling_logps
+            per_token_loss = per_token_loss * self.get_off_policy_mask(
+                batch.advantages, batch.logps, sampling, batch.mask, self.off_policy_mask_threshold
+            )
+        if entropy_mask is not None:
+            per_token_loss = per_token_loss * entropy_mask
+        if self.use_vllm and self.vllm_importance_sampling_correction and not self.args.anchors_on_sampler:
+            per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]  # (B, T) or (B, 1)
+        return per_token_loss
+
+    def _reference_kl(self, batch: PolicyBatch, anchor_logps: Tensor) -> Tensor:
+        """(B, T) KL(policy || reference) by the k3 estimator, importance-weighted with `use_bias_correction_kl`."""
+        log_ratio = batch.ref_logps - batch.logps
+        kl = torch.exp(log_ratio) - log_ratio - 1  # (B, T)
+        if self.args.use_bias_correction_kl:
+            log_weight = batch.logps - anchor_logps
+            if self.args.importance_sampling_level == "sequence":
+                log_weight = sequence_mean(log_weight, batch.mask)
+            kl = kl * torch.exp(log_weight)
+        return kl
+
+    def _aggregate(self, per_token_loss: Tensor, mask: Tensor, num_items: Tensor, accumulation: int):
+        """Reduce (B, T) or (B, 1) to the loss of this micro-batch, and its detached value before accumulation."""
+        masked = per_token_loss * mask
+        loss_type = self.args.loss_type
+        if loss_type == "dapo":
+            # `num_items` counts the live tokens of the whole generation batch over all processes: scale it to one
+            # accumulation window of this process. It holds the division by `accumulation` already.
+            normalizer = num_items.clamp(min=1.0) / self.accelerator.num_processes
+            if self.model.training:
+                normalizer = normalizer * accumulation / self.args.steps_per_generation
+            loss = masked.sum() / normalizer
+            return loss, loss.detach()
+        if loss_type == "grpo":
+            loss = (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        elif loss_type == "bnpo":
+            loss = masked.sum() / mask.sum().clamp(min=1.0)
+        else:  # dr_grpo
+            loss = masked.sum() / (masked.size(0) * self.max_completion_length)
+        return loss / accumulation, loss.detach()
+
+    def _entropy_bonus(self, entropies: Tensor, mask: Tensor) -> Tensor:
+        """Coefficient times the mean entropy over `mask`; moves the coefficient at the end of an adaptive step."""
+        total, count = (entropies * mask).sum(), mask.sum()
+        coef = self.entropy_coef
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            coef = 0.0  # the gate of the previous step, so that every micro-batch of a step applies the same one
+        if self.model.training:
+            if self.use_adaptive_entropy:
+                self._adapt_entropy_coef(torch.stack([total, count]).detach())
+            if self.accelerator.sync_gradients:
+                self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
+        return coef * (total / count.clamp(min=1.0))
+
+    def _adapt_entropy_coef(self, stats: Tensor) -> None:
+        # TRL 1.16 saves and restores `entropy_coef` and `_last_world_entropy` with the checkpoint: its names are kept
+        window = stats if self._entropy_window_stats is None else self._entropy_window_stats + stats
+        self._entropy_window_stats = window
+        if not self.accelerator.sync_gradients:
+            return
+        total, count = self.accelerator.reduce(window, reduction="sum")
+        entropy = (total / count.clamp(min=1.0)).item()
+        if entropy <= self.args.entropy_target:
+            self.entropy_coef = min(self.entropy_coef + self.args.entropy_coef_delta, self.args.entropy_coef_max)
+        else:
+            self.entropy_coef = max(self.entropy_coef - self.args.entropy_coef_delta, self.args.entropy_coef_min)
+        self._last_world_entropy = entropy
+        self._entropy_window_stats = None
+
+    # -- metrics: one gather a step, one host synchronisation a log --------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
+        stats = torch.stack([_local_statistic(name, x.detach(), mask) for name, x in metrics.items()])  # (K, 2)
+        self._trust_window.append((tuple(metrics), stats))
+        if self.model.training and not self.accelerator.sync_gradients:
+            return
+        names = [name for names, _ in self._trust_window for name in names]
+        stats = torch.cat([stats for _, stats in self._trust_window])  # (K, 2), of all micro-batches of the step
+        self._trust_window = []
+        mode = "train" if self.model.training else "eval"
+        self._trust_gathered[mode].append((names, self.accelerator.gather(stats[None])))  # (processes, K, 2)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._trust_gathered[mode]:
+            names = [name for names, _ in self._trust_gathered[mode] for name in names]
+            stats = torch.cat([stats for _, stats in self._trust_gathered[mode]], dim=1).tolist()
+            self._trust_gathered[mode] = []
+            # TRL 1.16: `_metrics` maps a name to the values since the last log, which it averages, NaN left out
+            for name, *by_process in zip(names, *stats, strict=True):
+                self._metrics[mode][name].append(_join_processes(name, by_process))
+        super().log(logs, start_time)
+
+
+def _shuffle_groups(rollouts: dict[str, Any], group_size: int) -> dict[str, Any]:
+    """Permute the groups of a generation batch, in unison over all row-like values."""
+    n = len(rollouts["prompt_ids"])
+    order = (torch.randperm(n // group_size)[:, None] * group_size + torch.arange(group_size)).flatten()
+
+    def permute(value):
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
+
+    return {name: permute(value) for name, value in rollouts.items()}
+
+
+def _telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> dict[str, Tensor]:
+    """The `trust/` metrics that every method logs; see [`TrustGRPOTrainer`]."""
+    gradient = None
+    if policy.per_token_loss.requires_grad or (policy.batch_loss is not None and policy.batch_loss.requires_grad):
+        # The graph between `logps` and the term is elementwise: this never reaches the model
+        total = (policy.per_token_loss * batch.mask).sum()
+        total = total if policy.batch_loss is None else total + policy.batch_loss
+        (gradient,) = torch.autograd.grad(total, batch.logps, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        live = batch.mask > 0
+        logps = batch.logps.detach()
+        log_ratio = (logps - anchor_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).masked_fill(~live, 0.0)  # (B, T)
+        ratio = torch.exp(log_ratio)
+        p01, p99 = _masked_quantiles(ratio, live, (0.01, 0.99))
+        weight = ratio * batch.mask
+        ess = weight.sum().square() / (weight.square().sum() * batch.mask.sum())  # NaN without live tokens
+        zero = torch.ones_like(ratio) if gradient is None else (gradient == 0).float()
+        return {
+            "trust/ratio/min": ratio,
+            "trust/ratio/p01": p01,
+            "trust/ratio/mean": ratio,
+            "trust/ratio/p99": p99,
+            "trust/ratio/max": ratio,
+            "trust/ess": ess,
+            "trust/kl": ratio - 1 - log_ratio,
+            "trust/tv": (logps.exp() - anchor_logps.exp()).abs(),
+            "trust/zero_grad": zero,
+            "trust/cut": zero * (batch.advantages != 0),
+        }
+
+
+def _masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
+    """Nearest-rank quantiles of `x` over `live`, without boolean indexing, which would wait for the device."""
+    ordered = x.masked_fill(~live, math.inf).flatten().sort().values
+    last = (live.sum() - 1).clamp(min=0)
+    return [ordered[(last * q).round().long()] for q in qs]
+
+
+def _local_statistic(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """(value, weight) of a metric on this process; `_join_processes` joins them. NaN entries do not count."""
+    if x.shape == mask.shape:
+        keep = mask > 0
+    elif x.dim() == 0 or x.shape == (len(mask), 1):
+        keep = torch.ones_like(x, dtype=torch.bool)
+    else:
+        expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
+        raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
+    x = x.float()
+    keep = keep & ~x.isnan()
+    weight = keep.sum().float()
+    if name.endswith("min"):
+        value = x.masked_fill(~keep, math.inf).min()
+    elif name.endswith("max"):
+        value = x.masked_fill(~keep, -math.inf).max()
+    else:
+        value = x.masked_fill(~keep, 0.0).sum()
+    return torch.stack([value, weight])
+
+
+def _join_processes(name: str, stats: list[list[float]]) -> float:
+    """Join the (value, weight) of each process: weighted mean, or the extremum if the name says so."""
+    values, weights = zip(*stats, strict=True)
+    if name.endswith(("min", "max")):
+        extremum = (min if name.endswith("min") else max)(values)
+        return extremum if any(weights) else math.nan
+    return sum(values) / max(sum(weights), 1.0)
