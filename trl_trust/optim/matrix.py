@@ -1,0 +1,546 @@
+"""The step that AuON, Muon and FISMO share: an optimizer for matrices with AdamW for everything else inside.
+
+A rule is one method, [`MatrixOptimizer.direction`]: it maps a batch of equal-shaped matrices (k, ..., m, n) to their
+update directions. The rest is here, once: batching by shape, momentum, decay, the auxiliary AdamW, float32 state, and
+sharding. Which parameter is a matrix is decided in `routing.py`.
+
+What it is *not*: it keeps no float32 master copy of bf16 parameters (load the model in float32 and autocast, as TRL
+does), and it is no ZeRO or FSDP1 optimizer (these flatten the matrices; refused).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from .routing import FLATTENED, Route, route, routing_table
+
+
+logger = logging.getLogger(__name__)
+
+# Upper bound on the elements of one stacked batch: 256 MB in float32, a few times that inside Newton-Schulz.
+MAX_BATCH_NUMEL = 2**26
+
+State = MutableMapping[str, Any]
+Layout = Literal["sharded", "owner", "replicated"]
+ShapeScale = Literal["original", "match_rms_adamw"]
+
+
+def shape_factor(shape_scale: ShapeScale | None, m: int, n: int) -> float:
+    """Scale of an *orthogonal* update of an (m, n) matrix, m outputs and n inputs.
+
+    `"original"` is sqrt(max(1, m/n)) (Muon, K. Jordan); `"match_rms_adamw"` is .2 sqrt(max(m, n)), which gives the
+    update AdamW's usual root mean square of .2 (2502.16982); `None` is 1.
+    """
+    if shape_scale == "original":
+        return math.sqrt(max(1.0, m / n))
+    if shape_scale == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(m, n))
+    return 1.0
+
+
+class MatrixOptimizer(Optimizer):
+    """Base of the matrix optimizers. A subclass gives [`direction`], and perhaps [`validate`], [`layout`], [`scale`].
+
+    Groups carry `rule`, `"matrix"` or `"adamw"`, and hold all settings, so that schedulers and callbacks can change
+    them. The state of a parameter is created at its first step, in float32 (float64 for float64 parameters):
+    `momentum_buffer` for a matrix, `step`, `exp_avg` and `exp_avg_sq` for the rest, whatever a rule adds.
+
+    Args:
+        params: A model, which is then routed (see [`trl_trust.optim.routing`]); or tensors, (name, tensor) pairs or
+            groups, which are taken at their word: all go to the matrix rule unless a group says `"rule": "adamw"`.
+            A group may set `"transposed"` for weights stored as (in, out), and `"split_sizes"` for fused weights.
+        lr: Learning rate of the matrices: a number >= 0, or a tensor of one element.
+        matrix_defaults: The rule's own group settings and their values (`momentum`, `nesterov`, ...).
+        weight_decay: Decoupled decay of the matrices, times the group's `lr`; >= 0.
+        aux_lr: Learning rate of AdamW. Default: a tenth of `lr`.
+        aux_betas: AdamW's averages, each in [0, 1).
+        aux_eps: AdamW's epsilon.
+        aux_weight_decay: AdamW's decay of embeddings and heads; biases, norms and vectors are never decayed.
+        matrix_pattern: Regular expression; parameters whose names it finds go to the matrix rule. Needs a model.
+        adamw_pattern: The same for AdamW. Needs a model.
+        split_sizes: `{pattern: sizes}` for weights that stack several matrices along the output dimension, or the text
+            form `"c_attn:768:768:768"`. Needs a model.
+        no_decay: Names of parameters without decay. Default: biases and norms. Needs a model.
+        skip_nonfinite: Leave weights and state alone, and count, when any gradient holds NaN or infinity. Costs one
+            host synchronisation a step; without it such a gradient spreads, as in `torch.optim`.
+
+    Raises:
+        ValueError: If a setting is out of range, no parameter goes to the matrix rule, or a parameter is complex,
+            sparse, integer, empty, flattened, or has fewer than two dimensions in a matrix group.
+        RuntimeError: In `step`, if a gradient is sparse or a matrix was flattened after construction.
+    """
+
+    # False: the rule averages gradients itself, and `direction` receives the gradients. `momentum` is then its own.
+    shared_momentum = True
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float | Tensor,
+        *,
+        matrix_defaults: Mapping[str, Any],
+        weight_decay: float = 0.0,
+        aux_lr: float | None = None,
+        aux_betas: tuple[float, float] = (0.9, 0.95),
+        aux_eps: float = 1e-8,
+        aux_weight_decay: float = 0.0,
+        matrix_pattern: str | None = None,
+        adamw_pattern: str | None = None,
+        split_sizes: Mapping[str, Sequence[int]] | str | None = None,
+        no_decay: Collection[str] | None = None,
+        skip_nonfinite: bool = False,
+    ):
+        aux_lr = 0.1 * lr if aux_lr is None else aux_lr
+        self.rule_defaults = {
+            "matrix": {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                **matrix_defaults,
+                "transposed": False,
+                "split_sizes": (),
+                "skip_nonfinite": skip_nonfinite,
+                "skipped_steps": 0,
+            },
+            "adamw": {"lr": aux_lr, "betas": aux_betas, "eps": aux_eps, "weight_decay": aux_weight_decay},
+        }
+        self.routes: list[Route] = []
+        if isinstance(params, nn.Module):
+            self.routes = route(
+                params,
+                matrix_pattern=matrix_pattern,
+                adamw_pattern=adamw_pattern,
+                split_sizes=split_sizes,
+                no_decay=no_decay,
+            )
+            params = _groups(self.routes)
+        elif not all(option is None for option in (matrix_pattern, adamw_pattern, split_sizes, no_decay)):
+            raise ValueError(
+                "matrix_pattern, adamw_pattern, split_sizes and no_decay route a model: pass the model instead of its "
+                "parameters, or set 'rule', 'split_sizes' and 'weight_decay' in the groups"
+            )
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if not any(group["rule"] == "matrix" and group["params"] for group in self.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} got no matrix parameter; everything would go to AdamW. Set matrix_pattern, or "
+                f"use torch.optim.AdamW. Routing:\n{self.routing_report()}"
+            )
+        logger.info("%s: %s", type(self).__name__, self.routing_summary())
+        logger.debug("%s routing:\n%s", type(self).__name__, self.routing_report())
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # What a rule supplies
+
+    def direction(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
+        """Return the update directions of a batch of equal-shaped matrices.
+
+        Args:
+            updates: (k, ..., m, n), float32 or float64, m outputs and n inputs, k parameters: averaged gradients, or
+                the gradients themselves where `shared_momentum` is `False`. Must not be written to.
+            states: k mappings, one a parameter (or block of one), where the rule may keep tensors and numbers of its
+                own; they are saved and loaded. Empty under the layouts `"sharded"` and `"owner"`.
+            group: Settings.
+
+        Returns:
+            (k, ..., m, n), a new tensor. The step is `parameter -= lr * scale * direction`.
+        """
+        raise NotImplementedError
+
+    def validate(self, group: dict[str, Any]) -> None:
+        """Raise `ValueError` if a setting of a matrix group is out of range. Called for every group that is added."""
+
+    def layout(self, group: dict[str, Any]) -> Layout:
+        """How `direction` sees matrices that are sharded over ranks (DTensor).
+
+        - `"sharded"`: DTensors; for rules made of elementwise operations and reductions.
+        - `"owner"`: an all-to-all gives each rank a share of the batch, whole; for rules without state of their own.
+        - `"replicated"`: every rank has every matrix, and does the same work; for rules with state of their own.
+        """
+        return "owner"
+
+    def scale(self, group: dict[str, Any], m: int, n: int) -> float:
+        """Factor on the direction of an (m, n) matrix."""
+        return shape_factor(group.get("shape_scale"), m, n)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; missing settings get the defaults of its `rule`.
+
+        Raises:
+            ValueError: If the rule or a key is unknown, a setting is out of range, or a parameter cannot be optimized.
+        """
+        group = dict(param_group)
+        rule = group.setdefault("rule", "matrix")
+        if rule not in self.rule_defaults:
+            raise ValueError(f"rule={rule!r} in a parameter group; must be 'matrix' or 'adamw'")
+        defaults = self.rule_defaults[rule]
+        unknown = group.keys() - defaults.keys() - {"rule", "params", "param_names", "initial_lr"}
+        if unknown:
+            raise ValueError(
+                f"unknown keys {sorted(unknown)} in a group with rule {rule!r}; known: {sorted(defaults)}"
+            )
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        _validate_common(group)
+        if rule == "matrix":
+            self.validate(group)
+        super().add_param_group(group)
+        try:
+            for index, parameter in enumerate(group["params"]):
+                _validate_parameter(parameter, _name(group, index), rule)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def routing_report(self) -> str:
+        """Return a table of all parameters: name, shape, rule, reason, learning rate, decay, scale."""
+        reasons = {r.name: r.reason for r in self.routes}
+        rows = [("parameter", "shape", "rule", "reason", "lr", "weight_decay", "scale")]
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                name, shape, scale = _name(group, index), "x".join(map(str, parameter.shape)) or "scalar", ""
+                if group["rule"] == "matrix":
+                    m, n = parameter.shape[-2:][:: -1 if group["transposed"] else 1]
+                    blocks = group["split_sizes"] or (m,)
+                    scale = ", ".join(f"{self.scale(group, block, n):.4g}" for block in blocks)
+                    shape += " transposed" if group["transposed"] else ""
+                    shape += f" split {'+'.join(map(str, blocks))}" if group["split_sizes"] else ""
+                lr, decay = f"{float(group['lr']):.4g}", f"{group['weight_decay']:.4g}"
+                rows.append((name, shape, group["rule"], reasons.get(name, "group"), lr, decay, scale))
+        return routing_table(rows)
+
+    def routing_summary(self) -> str:
+        """Return one line: how many tensors and elements each rule has, and the settings of each group."""
+        parts = []
+        for rule in ("matrix", "adamw"):
+            groups = [group for group in self.param_groups if group["rule"] == rule]
+            tensors = [parameter for group in groups for parameter in group["params"]]
+            if tensors:
+                hidden = {"params", "param_names", "rule", "transposed", "split_sizes", "skipped_steps"}
+                settings = ", ".join(f"{key}={value}" for key, value in groups[0].items() if key not in hidden)
+                parts.append(
+                    f"{rule}: {len(tensors)} tensors, {sum(p.numel() for p in tensors):,} elements ({settings})"
+                )
+        return "; ".join(parts)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken because a gradient was not finite (`skip_nonfinite`)."""
+        return max((group.get("skipped_steps", 0) for group in self.param_groups), default=0)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # State
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. Unlike in `torch.optim`, float32 state stays float32 under bf16 parameters."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, parameter in zip(saved, own, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                # torch casts to the parameter's dtype, which has lost bits by now: take the saved value again.
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][key].dtype:
+                    self.state[parameter][key] = value.to(device=parameter.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint from before a setting existed
+            for key, value in self.rule_defaults[group["rule"]].items():
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule_defaults": self.rule_defaults, "routes": self.routes}
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step. `closure`, if given, is called first, with gradients enabled; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(group.get("skip_nonfinite") for group in self.param_groups) and not self._all_finite():
+            for group in self.param_groups:
+                if group["rule"] == "matrix":
+                    group["skipped_steps"] += 1
+            return loss
+        for group in self.param_groups:
+            if group["rule"] == "matrix":
+                for batch in self._batches(group):
+                    self._matrix_step(batch, group)
+            else:
+                self._adamw_step(group)
+        return loss
+
+    def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Parameters that have a gradient, in batches of one shape, dtype and placement."""
+        buckets: dict[tuple, list[Tensor]] = {}
+        for index, p in enumerate(group["params"]):
+            if p.ndim < 2:
+                raise RuntimeError(f"matrix {_name(group, index)} arrives as shape {tuple(p.shape)}: {FLATTENED}")
+            if p.grad is None:
+                continue
+            _validate_gradient(p, _name(group, index))
+            placement = (p.device_mesh, p.placements) if isinstance(p, DTensor) else ()
+            buckets.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, *placement), []).append(p)
+        batches = []
+        for bucket in buckets.values():
+            size = max(1, MAX_BATCH_NUMEL // bucket[0].numel())
+            batches += [bucket[start : start + size] for start in range(0, len(bucket), size)]
+        return batches
+
+    def _matrix_step(self, batch: list[Tensor], group: dict[str, Any]) -> None:
+        params = [_local(p) for p in batch]
+        grads = [_local_gradient(p) for p in batch]  # float32 or float64, never written to
+        if self.shared_momentum:
+            grads = self._average(batch, grads, group)
+        stacked = torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)  # (k, ..., rows, columns)
+        layout = self.layout(group)
+        if layout == "sharded" and group["split_sizes"]:
+            layout = "replicated"  # blocks do not follow the shard borders
+        whole, shards_of = _assemble(stacked, batch[0], layout)
+        stateful = batch if layout == "replicated" or whole is stacked else []
+        directions = shards_of(self._directions(whole, stateful, group))
+        _apply(params, list(directions.unbind(0)), group["lr"], group["weight_decay"])
+
+    def _average(self, batch: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Exponential average with Nesterov look-ahead, elementwise and so on the shards: torch's Muon bit for bit."""
+        buffers = []
+        for p in batch:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
+            buffers.append(_local(state["momentum_buffer"]))
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
+
+    def _directions(self, updates: Tensor, batch: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """Orient, split, ask the rule, scale, and put back: (k, ..., rows, columns) as stored, before and after."""
+        if updates.shape[0] == 0:  # an owner without a share of this batch
+            return updates
+        updates = updates.mT if group["transposed"] else updates  # (k, ..., m, n)
+        blocks = updates.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (updates,)
+        directions = []
+        for index, block in enumerate(blocks):
+            states = [self.state[p] for p in batch]
+            if group["split_sizes"]:
+                states = [_BlockState(state, f"block{index}.") for state in states]
+            direction = self.direction(block, states, group)
+            factor = self.scale(group, *block.shape[-2:])
+            directions.append(direction if factor == 1.0 else direction * factor)
+        whole = directions[0] if len(directions) == 1 else torch.cat(directions, dim=-2)
+        return whole.mT if group["transposed"] else whole
+
+    def _adamw_step(self, group: dict[str, Any]) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, steps = [], [], [], [], []
+        for index, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            _validate_gradient(p, _name(group, index))
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
+            params.append(_local(p))
+            grads.append(_local_gradient(p))
+            exp_avgs.append(_local(state["exp_avg"]))
+            exp_avg_sqs.append(_local(state["exp_avg_sq"]))
+            steps.append(state["step"])
+        if not params:
+            return
+        work = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]  # the parameters themselves, if float32
+        beta1, beta2 = group["betas"]
+        adamw(
+            work,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        _write_back(params, work)
+
+    def _all_finite(self) -> bool:
+        peaks: dict[Any, list[Tensor]] = {}  # by mesh: collectives must not mix them
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mesh = p.device_mesh if isinstance(p, DTensor) else p.device
+                    peaks.setdefault(mesh, []).append(torch.linalg.vector_norm(p.grad, ord=math.inf))
+        totals = [torch.stack(norms).amax() for norms in peaks.values()]
+        return all(math.isfinite(_full(total).item()) for total in totals)
+
+
+class _BlockState(MutableMapping):
+    """The part of a parameter's state that belongs to one of its blocks: a view with prefixed keys."""
+
+    def __init__(self, state: State, prefix: str):
+        self.state, self.prefix = state, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        return self.state[self.prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.state[self.prefix + key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.state[self.prefix + key]
+
+    def __iter__(self):
+        return (key.removeprefix(self.prefix) for key in self.state if key.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Groups and checks
+
+
+def _groups(routes: list[Route]) -> list[dict[str, Any]]:
+    """Group routes by their settings, matrices first: the learning rate that a Trainer logs is group 0's."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for r in sorted(routes, key=lambda r: r.rule != "matrix"):
+        group = groups.setdefault((r.rule, r.decay, r.transposed, r.split_sizes), {"rule": r.rule, "params": []})
+        group["params"].append((r.name, r.parameter))
+        if not r.decay:
+            group["weight_decay"] = 0.0
+        if r.rule == "matrix":
+            group |= {"transposed": r.transposed, "split_sizes": r.split_sizes}
+    return list(groups.values())
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return names[index] if names else f"parameter {index}"
+
+
+def _validate_common(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of {lr.numel()}")
+    if not lr >= 0:
+        raise ValueError(f"lr must be >= 0, got {lr}")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay must be >= 0, got {group['weight_decay']}")
+    if "momentum" in group and not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    if "betas" in group and not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
+        raise ValueError(f"aux_betas must be two numbers in [0, 1), got {group['betas']}")
+    if "eps" in group and not group["eps"] > 0:
+        raise ValueError(f"{'aux_' if group['rule'] == 'adamw' else ''}eps must be > 0, got {group['eps']}")
+
+
+def _validate_parameter(parameter: Tensor, name: str, rule: str) -> None:
+    shape = tuple(parameter.shape)
+    if hasattr(parameter, "ds_shape"):
+        raise ValueError(f"{name} has shape {shape} here and {tuple(parameter.ds_shape)} in the model: {FLATTENED}")
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{name} has layout {parameter.layout}; only dense parameters can be optimized")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name} has dtype {parameter.dtype}; only real floating-point parameters can be optimized")
+    if parameter.numel() == 0:
+        raise ValueError(f"{name} is empty, shape {shape}; freeze it or leave it out")
+    if rule == "matrix" and parameter.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {shape}; a matrix group needs two dimensions or more. Pass the model, which is then "
+            "routed, or put it into a group with 'rule': 'adamw'"
+        )
+
+
+def _validate_gradient(p: Tensor, name: str) -> None:
+    if p.grad.is_sparse:
+        raise RuntimeError(f"{name} has a sparse gradient; build its embedding with sparse=False")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Tensors and shards
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return p.dtype if p.dtype == torch.float64 else torch.float32
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _full(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def _local_gradient(p: Tensor) -> Tensor:
+    grad = p.grad
+    if isinstance(p, DTensor) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return _local(grad).to(_state_dtype(p))
+
+
+def _stacked_placements(p: DTensor, layout: Layout) -> list[Placement]:
+    """Placements of a stack of tensors like `p` in which the last two dimensions are as `layout` promises the rule."""
+    placements: list[Placement] = []
+    for placement in p.placements:
+        if type(placement) not in (Shard, Replicate):
+            raise NotImplementedError(f"placement {placement} is not supported; use Shard or Replicate (FSDP2)")
+        if isinstance(placement, Shard):
+            placement = Shard(placement.dim + 1)  # the stack has one dimension more
+            if layout == "owner" and placement.dim >= p.ndim - 1:
+                placement = Shard(0)
+        placements.append(Replicate() if layout == "replicated" else placement)
+    return placements
+
+
+def _assemble(stacked: Tensor, p: Tensor, layout: Layout) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Turn this rank's shards, (k, ..., rows, columns), into what `layout` promises; also return the way back."""
+    if not isinstance(p, DTensor):
+        return stacked, lambda directions: directions
+    shape = torch.Size((stacked.shape[0], *p.shape))
+    stride = torch.empty(shape, device="meta").stride()
+
+    def wrap(local: Tensor, placements: list[Placement]) -> DTensor:
+        # Shape and stride are given, because uneven and empty shards do not tell the whole.
+        return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    shards, wanted = _stacked_placements(p, "sharded"), _stacked_placements(p, layout)
+    sharded = wrap(stacked, shards)
+    if layout == "sharded":
+        return sharded, lambda directions: directions.redistribute(placements=shards).to_local()
+    whole = sharded.redistribute(placements=wanted).to_local()
+    return whole, lambda directions: wrap(directions.contiguous(), wanted).redistribute(placements=shards).to_local()
+
+
+def _apply(params: list[Tensor], directions: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
+    """parameter = parameter * (1 - lr * weight_decay) - lr * direction, rounded once."""
+    work = [p.to(d.dtype) for p, d in zip(params, directions, strict=True)]  # the parameters themselves, if float32
+    if weight_decay:
+        torch._foreach_mul_(work, 1 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(work, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(work, directions, alpha=-lr)
+    _write_back(params, work)
+
+
+def _write_back(params: list[Tensor], work: list[Tensor]) -> None:
+    rounded = [(p, w) for p, w in zip(params, work, strict=True) if p is not w]
+    if rounded:
+        torch._foreach_copy_(*(list(side) for side in zip(*rounded, strict=True)))

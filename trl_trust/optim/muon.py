@@ -1,0 +1,128 @@
+"""Muon, the baseline that the other matrix optimizers are measured against: orthogonalised momentum (K. Jordan, 2024).
+
+The same rule as `torch.optim.Muon`, with three differences: equal shapes are orthogonalised in one batch, leading
+dimensions are batches (experts of a mixture), and AdamW for everything else is inside.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .matrix import MatrixOptimizer, ShapeScale, State
+
+
+# Keller Jordan's quintic: steep at zero, it does not converge to 1 but into about [.7, 1.15].
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def newton_schulz(
+    x: Tensor,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Push the singular values of a batch of matrices towards 1: x <- a x + (b A + c A^2) x with A = x x^T.
+
+    Args:
+        x: (..., m, n), with singular values at most 1 (divide by the Frobenius norm). Not written to.
+        steps: Number of iterations; 0 returns `x`.
+        coefficients: (a, b, c).
+        dtype: Precision of the iteration; default, and of the result always, that of `x`.
+
+    Returns:
+        (..., m, n), about U V^T for x = U S V^T.
+    """
+    a, b, c = coefficients
+    result_dtype, shape = x.dtype, x.shape
+    tall = shape[-2] > shape[-1]
+    y = (x.mT if tall else x).to(dtype or x.dtype)
+    y = y.reshape(-1, *y.shape[-2:])  # (batch, m, n) with m <= n: A is the smaller of the two products
+    for _ in range(steps):
+        gram = y @ y.mT  # (batch, m, m)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.mT if tall else y
+    return y.reshape(shape).to(result_dtype)
+
+
+def muon_direction(
+    updates: Tensor,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Normalise a batch of matrices (..., m, n) by their Frobenius norms and orthogonalise them."""
+    norm = torch.linalg.vector_norm(updates, dim=(-2, -1), keepdim=True)
+    return newton_schulz(updates / norm.clamp(min=eps), steps, coefficients, dtype)
+
+
+def validate_newton_schulz(group: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the Newton-Schulz settings of a group are usable."""
+    if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] <= 99):
+        raise ValueError(f"ns_steps must be an integer from 0 to 99, got {group['ns_steps']!r}")
+    if len(group["ns_coefficients"]) != 3:
+        raise ValueError(f"ns_coefficients must be three numbers, got {group['ns_coefficients']!r}")
+    if group["ns_dtype"] not in NS_DTYPES:
+        raise ValueError(f"ns_dtype={group['ns_dtype']!r} must be one of {', '.join(NS_DTYPES)}")
+
+
+def validate_choice(group: dict[str, Any], **choices: Sequence) -> None:
+    """Raise `ValueError` unless each named setting of a group is one of its choices."""
+    for name, allowed in choices.items():
+        if group[name] not in allowed:
+            raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(str, allowed))}")
+
+
+class Muon(MatrixOptimizer):
+    """Momentum orthogonalised by Newton-Schulz, for matrices; AdamW for the rest.
+
+    Args:
+        params: Model, parameters or groups; see [`MatrixOptimizer`].
+        lr: Learning rate of the matrices.
+        momentum: Weight of the past in the average of gradients, in [0, 1).
+        nesterov: Look ahead by one more average.
+        weight_decay: Decoupled, times `lr`.
+        ns_steps: Newton-Schulz iterations, 0 to 99.
+        ns_coefficients: Of the quintic.
+        ns_dtype: Precision of the iteration, `"bfloat16"` (as `torch.optim.Muon`) or `"float32"`.
+        shape_scale: `"original"`, `"match_rms_adamw"` or `None`; see [`trl_trust.optim.matrix.shape_factor`].
+        eps: Floor of the norm.
+        shared: Settings of routing and AdamW; see [`MatrixOptimizer`].
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        ns_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        shape_scale: ShapeScale | None = "original",
+        eps: float = 1e-7,
+        **shared,
+    ):
+        defaults = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+            "shape_scale": shape_scale,
+            "eps": eps,
+        }
+        super().__init__(params, lr, matrix_defaults=defaults, weight_decay=weight_decay, **shared)
+
+    def validate(self, group: dict[str, Any]) -> None:
+        validate_newton_schulz(group)
+        validate_choice(group, shape_scale=(None, "original", "match_rms_adamw"))
+
+    def direction(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
+        dtype = NS_DTYPES[group["ns_dtype"]]
+        return muon_direction(updates, group["ns_steps"], group["ns_coefficients"], group["eps"], dtype)
