@@ -46,7 +46,7 @@ def dispo_loss(
     low = torch.where(positive, max(0.0, 1 - epsilon_pos_low), max(0.0, 1 - epsilon_neg_low))
     high = torch.where(positive, 1 + epsilon_pos_high, 1 + epsilon_neg_high)
 
-    log_ratio = batch.logps.detach() - batch.old_logps
+    log_ratio = (batch.logps - batch.old_logps).detach()
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
     weight = torch.clamp(ratio, low.to(ratio), high.to(ratio))
 
