@@ -626,9 +626,10 @@ def _telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> 
     gradient = None
     if policy.per_token_loss.requires_grad or (policy.batch_loss is not None and policy.batch_loss.requires_grad):
         # The graph between `logps` and the term is elementwise: this never reaches the model
-        total = (policy.per_token_loss * batch.mask).sum()
-        total = total if policy.batch_loss is None else total + policy.batch_loss
-        (gradient,) = torch.autograd.grad(total, batch.logps, retain_graph=True, allow_unused=True)
+        with torch.enable_grad():
+            total = (policy.per_token_loss * batch.mask).sum()
+            total = total if policy.batch_loss is None else total + policy.batch_loss
+            (gradient,) = torch.autograd.grad(total, batch.logps, retain_graph=True, allow_unused=True)
     with torch.no_grad():
         live = batch.mask > 0
         logps = batch.logps.detach()

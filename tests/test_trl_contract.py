@@ -1,0 +1,64 @@
+"""The alarm: the installed TRL is the one that `trl_trust.policy.base` was written against.
+
+The base re-does what `GRPOTrainer._compute_loss` does, and relies on the schedule and the keys of the other methods
+below. If one of them changes, tests that compare with stock TRL may still pass while an option is silently lost. So a
+change of their source, even of a comment, fails here and says what to do.
+"""
+
+import hashlib
+import inspect
+
+import pytest
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOTrainer
+
+
+WRITTEN_AGAINST = "1.16.0"
+RELIES_ON = {
+    "compute_loss": "a2d6ef8bd29c3e26",
+    "_compute_loss": "80295546bbdbf6f7",
+    "_prepare_inputs": "f824e7fb07147956",
+    "_calculate_rewards": "736ae29b083840b5",
+    "_generate_and_score_completions": "1fa48922792dcd5c",
+    "log": "1e7772819cc8cf09",
+}
+
+
+def fingerprint(function) -> str:
+    # the text, not the syntax tree: how a tree prints depends on the Python version
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", RELIES_ON)
+def test_trl_has_not_changed_under_us(name):
+    found = fingerprint(getattr(GRPOTrainer, name))
+    assert found == RELIES_ON[name], (
+        f"GRPOTrainer.{name} of the installed TRL {trl.__version__} differs from TRL {WRITTEN_AGAINST}, which "
+        f"trl_trust/policy/base.py was written against. Read what changed, carry it over to TrustGRPOTrainer, extend "
+        f"OPTIONS in tests/policy/test_base.py if an option is new, and only then write {found!r} here."
+    )
+
+
+def test_the_alarm_can_ring():
+    class Changed(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 1.0
+
+    assert fingerprint(Changed._compute_loss) != RELIES_ON["_compute_loss"]
+
+
+def test_every_multimodal_input_is_known():
+    parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    ours = {"self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
+    assert set(parameters) - ours - {"compute_entropy", "compute_aux_loss"} == set(MULTIMODAL_INPUTS)
+
+
+def test_the_loss_reads_no_config_field_that_the_base_does_not_know():
+    """Fields of GRPOConfig that stock's loss names: each is honoured by the base or refused by its config."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    base = inspect.getsource(inspect.getmodule(TrustGRPOTrainer))
+    fields = [name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source]
+    assert len(fields) > 5
+    assert [name for name in fields if name not in base] == []
