@@ -531,6 +531,7 @@ def _assemble(stacked: Tensor, p: Tensor, layout: Layout) -> tuple[Tensor, Calla
 def _apply(params: list[Tensor], directions: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
     """parameter = parameter * (1 - lr * weight_decay) - lr * direction, rounded once."""
     work = [p.to(d.dtype) for p, d in zip(params, directions, strict=True)]  # the parameters themselves, if float32
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     if weight_decay:
         torch._foreach_mul_(work, 1 - lr * weight_decay)
     if isinstance(lr, Tensor):

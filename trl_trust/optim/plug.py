@@ -10,8 +10,8 @@ transformers 5 has no public registration, so two private things of it are touch
 Both are changed once and only by addition; a name that transformers already has is left to it. A pickled member would
 make `training_args.bin` unreadable where this package is not imported, so ours pickle as plain strings.
 
-One public method is wrapped: after `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the trainer
-through it. TRAM needs that, whose two passes happen inside `training_step`.
+One public method is wrapped: after `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the
+trainer through it. TRAM needs that, whose two passes happen inside `training_step`.
 """
 
 import logging
