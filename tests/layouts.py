@@ -1,0 +1,77 @@
+"""One small run whose outcome must not depend on how its rows are spread over processes and micro-batches.
+
+`python layouts.py OUTPUT_DIR MODEL_PATH NAME...` under torchrun, or [`run`] in a test. Completions are a function of
+the step and of the global row, so every layout trains on the same rollouts; `num_iterations=2` makes the ratio live.
+"""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from tiny import tiny_config, tiny_trainer
+
+from trl_trust.methods import METHODS, get_method
+
+
+ROWS = 16  # rows of a generation batch over all processes: 4 prompts x 4 responses
+
+# What a method needs beyond its defaults to be the same in every layout. Keyed by method name; `config` and `trainer`
+# are keyword arguments, callables receive the model's path.
+SETTINGS: dict[str, dict] = {}
+
+
+def scripted(trainer_class):
+    """Subclass whose completions are drawn from (step, global row) instead of from the model."""
+
+    class Scripted(trainer_class):
+        def _generate(self, prompts):
+            # TRL 1.16: prompt ids, completion ids, tool masks, completions, sampler's log-probabilities, extra fields,
+            # images of the prompts and of tools
+            tokenizer = self.processing_class
+            first = self.accelerator.process_index * len(prompts)
+            completion_ids = []
+            for row in range(first, first + len(prompts)):
+                g = torch.Generator().manual_seed(1000 * self.state.global_step + row)
+                length = int(torch.randint(2, 9, (1,), generator=g))
+                completion_ids.append(torch.randint(3, len(tokenizer), (length,), generator=g).tolist())
+            prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+            return prompt_ids, completion_ids, None, tokenizer.batch_decode(completion_ids), None, {}, None, [[]]
+
+    return Scripted
+
+
+def run(
+    name: str, model_path: str, output_dir: Path, processes: int, loss_type: str = "dapo"
+) -> dict[str, torch.Tensor]:
+    """Train method `name` for two generations of two updates each; return the trained parameters, on every process."""
+    method = get_method(name)
+    module = import_module(method.module)
+    extra = SETTINGS.get(name, {})
+    extra = extra(model_path) if callable(extra) else extra
+    accumulation = ROWS // 4 // processes
+    config = dict(
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        loss_type=loss_type,
+        num_iterations=2,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=accumulation,
+        max_steps=4,
+    )
+    args = tiny_config(getattr(module, method.config), output_dir, **{**config, **extra.get("config", {})})
+    trainer = tiny_trainer(scripted(getattr(module, method.trainer)), model_path, args, **extra.get("trainer", {}))
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {key: p.detach().clone() for key, p in model.named_parameters()}
+
+
+if __name__ == "__main__":
+    output_dir, model_path, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    torch.set_num_threads(1)
+    for name in names or [m.name for m in METHODS]:
+        parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
+        torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")
