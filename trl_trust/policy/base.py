@@ -22,6 +22,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it splits a generation batch
     get_config_model_id,
     split_pixel_values_by_grid,
@@ -474,18 +475,32 @@ class TrustGRPOTrainer(GRPOTrainer):
         self._record(metrics, batch.mask)
         return loss
 
-    def score_completions(self, model, inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities (B, T) and entropies (B, T) of the completion tokens, and the MoE auxiliary loss (0-d)."""
+    def score_completions(self, model, inputs, batch_size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities (B, T) and entropies (B, T) of the completion tokens, and the MoE auxiliary loss (0-d).
+
+        One forward, or one for every `batch_size` rows.
+        """
         # TRL 1.16: goes through the fused head, so logits are never held
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
+            batch_size,
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
         )
+
+    def score_rollouts(self, tensors: dict[str, Any]) -> Tensor:
+        """(n, T) log-probabilities of a generation batch under the policy as it is, without gradient.
+
+        For [`extend_rollouts`]: one micro-batch at a time, as TRL computes `old_per_token_logps`.
+        """
+        args = self.args
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            return self.score_completions(self.model, tensors, size)[0]
 
     def _policy_batch(self, inputs, logps: Tensor, entropies: Tensor) -> PolicyBatch:
         mask, advantages = inputs["completion_mask"], inputs["advantages"]
