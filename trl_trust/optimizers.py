@@ -71,7 +71,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
     OptimizerInfo(
         name="tram_adamw",
         title="TRAM",
-        target="trl_trust.optim.tram:tram_adamw",
+        target="trl_trust.optim.tram:TRAMAdamW",
         paper="2310.03646",
         grade="exact",
         summary="sharpness-aware ascent, its radius a measured distance to a trust-region anchor, around AdamW",

@@ -11,11 +11,14 @@ Both are changed once and only by addition; a name that transformers already has
 make `training_args.bin` unreadable where this package is not imported, so ours pickle as plain strings.
 
 One public method is wrapped: after `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the
-trainer through it. TRAM needs that, whose two passes happen inside `training_step`.
+trainer through it. TRAM needs that, whose two passes happen inside `training_step`, and [`rewound`], which keeps the
+second one out of the trainer's books.
 """
 
+import copy
 import logging
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import Parameter, signature
 from types import NoneType, UnionType
@@ -117,6 +120,39 @@ def _attaching(create_optimizer: Callable) -> Callable:
         return optimizer
 
     return wrapper
+
+
+def bookkeeping(trainer: Trainer) -> dict[str, Any]:
+    """What `trainer` knows of itself now, for [`rewound`]: counters, coefficients, values to be logged.
+
+    TRL 1.16 and our own trainers change in `compute_loss`: the lists in `_metrics`, `_trust_window` and
+    `_trust_gathered`, in place, so they are copied; `_total_train_tokens`, `entropy_coef` and the rest by assignment.
+    """
+    return {
+        name: _copied(value) if name == "_metrics" or name.startswith("_trust_") else value
+        for name, value in vars(trainer).items()
+    }
+
+
+@contextmanager
+def rewound(trainer: Trainer, books: dict[str, Any]):
+    """Within the block `trainer` is as it was when `books` were taken, so that a loss computed again is the same loss
+    and leaves no trace; after it, `trainer` is as before the block."""
+    now = dict(vars(trainer))
+    vars(trainer).update({name: _copied(v) if v is not now.get(name) else v for name, v in books.items()})
+    try:
+        yield
+    finally:
+        vars(trainer).update(now)
+
+
+def _copied(value: Any) -> Any:
+    """Nested lists and dictionaries copied, what they hold shared."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # keeps a defaultdict's factory
+        copied.update((key, _copied(item)) for key, item in value.items())
+        return copied
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_zero(row: OptimizerInfo, target: Any, args: Any) -> None:
