@@ -1,0 +1,218 @@
+"""What a model was asked while a loss was computed, and what it predicted: how TRAM measures its distance.
+
+A loss is a black box that calls the model. `Probe` listens to those calls, can make them again with other parameters,
+and compares the predictive distributions of the two. It uses hooks and public methods of transformers only.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def kl_rows(anchor_logits: Tensor, logits: Tensor, divergence: str = "forward") -> Tensor:
+    """Divergence of each row's two predictive distributions, in at least float32.
+
+    Args:
+        anchor_logits, logits: (N, V), of the anchor and of the model now.
+        divergence: `forward` is KL(anchor, now), the paper's; `reverse` is KL(now, anchor); `symmetric` their mean.
+
+    Returns:
+        (N,), in nats. Infinite where the second distribution excludes what the first allows.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p = F.log_softmax(anchor_logits.to(dtype), dim=-1)  # (N, V)
+    log_q = F.log_softmax(logits.to(dtype), dim=-1)  # (N, V)
+
+    def kl(log_a, log_b):
+        a = log_a.exp()
+        return torch.where(a == 0, 0, a * (log_a - log_b)).sum(-1)  # logits of -inf are legal: 0 log 0 = 0
+
+    if divergence == "forward":
+        return kl(log_p, log_q)
+    if divergence == "reverse":
+        return kl(log_q, log_p)
+    return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+
+
+@dataclass
+class Call:
+    """One forward of the model inside a loss: how to make it again, and its predictive distributions."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    autocast: tuple[bool, torch.dtype]
+    labels: Tensor | None = None
+    shifted: bool = False  # the labels are already aligned with the positions that predict them
+    logits: Tensor | None = None  # (B, T, V) or (B, V)
+    hidden: Tensor | None = None  # (B, T, H), what the output head reads: kept only where there are no logits
+
+    @property
+    def predictions(self) -> Tensor:
+        return self.hidden if self.logits is None else self.logits
+
+
+class Probe:
+    """Listens to `model` (unwrapped from data parallelism) and repeats what it heard.
+
+    Predictions are read from the logits where the forward builds them. TRL's fused heads do not; then the head's input
+    is kept, which is smaller by the vocabulary over the width, and projected again in chunks.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # below PEFT
+        self.backbone = getattr(self.lm, "base_model", self.lm)
+        self.device_type = next(model.parameters()).device.type
+        config = getattr(self.lm, "config", None)
+        generates = hasattr(self.lm, "can_generate") and self.lm.can_generate()
+        self.causal = generates and not getattr(config, "is_encoder_decoder", False)
+
+    @contextmanager
+    def listen(self, calls: list[Call]):
+        """Append an entry to `calls` for each forward in the block, without those made with the gradient switched."""
+        wants_grad = torch.is_grad_enabled()  # a reference pass inside the loss, on the same model, wants none
+        running: list[Call] = []
+
+        def before(module, args, kwargs):
+            if torch.is_grad_enabled() == wants_grad:
+                autocast = (torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type))
+                running.append(Call(args, kwargs, autocast))
+
+        def before_lm(module, args, kwargs):
+            if running:  # below PEFT, whose prompt learning lengthens the labels with the output
+                shifted = kwargs.get("shift_labels")
+                running[-1].shifted = shifted is not None
+                running[-1].labels = kwargs.get("labels") if shifted is None else shifted
+
+        def after_backbone(module, args, output):
+            if running and getattr(output, "last_hidden_state", None) is not None:
+                running[-1].hidden = output.last_hidden_state.detach()
+
+        def after(module, args, output):
+            if running:
+                call = running.pop()
+                logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+                if logits is not None:
+                    call.logits, call.hidden = logits.detach(), None
+                calls.append(call)
+
+        with ExitStack() as stack:
+            for handle in (
+                self.model.register_forward_pre_hook(before, with_kwargs=True),
+                self.lm.register_forward_pre_hook(before_lm, with_kwargs=True),
+                self.backbone.register_forward_hook(after_backbone),
+                self.model.register_forward_hook(after),
+            ):
+                stack.callback(handle.remove)
+            yield
+
+    @torch.no_grad()
+    def repeat(self, calls: list[Call]) -> list[Call]:
+        """Make the same forwards again, without gradient, with whatever the parameters are by now."""
+        again: list[Call] = []
+        with self.listen(again):
+            for call in calls:
+                with self._autocast(call):
+                    self.model(*call.args, **call.kwargs)
+        # FSDP2 leaves its root gathered after a forward without a backward, and the next forward would reuse that.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return again
+
+    @torch.no_grad()
+    def divergence(
+        self,
+        now: list[Call],
+        anchor: list[Call],
+        stored: dict[Tensor, Tensor],
+        labels: Tensor | None,
+        kind: str,
+        chunk: int,
+    ) -> Tensor:
+        """Sum of the divergences at the positions the loss is about, and their number: (2,).
+
+        Args:
+            now, anchor: The calls, and the same calls made by the anchor.
+            stored: The anchor's values of parameters that differ from the model's.
+            labels: Labels for calls that were given none.
+            kind: As [`kl_rows`].
+            chunk: Positions whose logits exist at one time.
+        """
+        total = None
+        for a, b in zip(now, anchor, strict=True):
+            if a.predictions is None:
+                raise ValueError(
+                    f"TRAM cannot read the predictions of {type(self.lm).__name__}: its forward returns no `logits`, "
+                    "and it has no backbone that returns `last_hidden_state`. tram_variant='fisher' needs neither."
+                )
+            mask = self.positions(a, labels)
+            heads = (None, None) if a.hidden is None else (self._head({}), self._head(stored))
+            rows = [call.predictions[mask].split(chunk) for call in (a, b)]  # (n, V) or (n, H)
+            with self._autocast(a):
+                sums = [
+                    kl_rows(y if heads[1] is None else heads[1](y), x if heads[0] is None else heads[0](x), kind).sum()
+                    for x, y in zip(*rows, strict=True)
+                ]
+            pair = torch.stack([torch.stack(sums).sum(), mask.sum().to(sums[0].dtype)])
+            total = pair if total is None else total + pair
+        return total
+
+    def positions(self, call: Call, labels: Tensor | None) -> Tensor:
+        """Positions whose target is a label other than -100, or is no padding where there are no labels.
+
+        Returns:
+            bool, of the shape of the predictions without their last dimension: (B, T) or (B,).
+        """
+        shape, device = call.predictions.shape[:-1], call.predictions.device
+        attention_mask = call.kwargs.get("attention_mask")
+        if call.labels is not None:
+            valid = call.labels != -100
+        elif labels is not None and labels.size(0) == shape[0]:
+            valid = labels != -100
+        elif attention_mask is not None:
+            valid = attention_mask != 0
+        else:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        if len(shape) != 2 or valid.dim() != 2:  # one prediction a row, whose label may be anything
+            every = torch.ones(shape, dtype=torch.bool, device=device)
+            return valid if valid.shape == shape else every
+        if self.causal and not call.shifted:
+            valid = F.pad(valid[:, 1:], (0, 1))  # position t predicts token t + 1
+        return F.pad(valid, (shape[1] - valid.size(1), 0)).to(device)  # aligned right: virtual tokens, logits_to_keep
+
+    def _autocast(self, call: Call):
+        enabled, dtype = call.autocast
+        return torch.autocast(self.device_type, dtype=dtype, enabled=enabled)
+
+    def _head(self, stored: dict[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The map from (n, H) to logits (n, V), with the parameters in `stored` exchanged for the values there."""
+        head = self.lm.get_output_embeddings()
+        values = {name: stored.get(p, p) for name, p in head.named_parameters()}
+        values = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
+        scale, cap = _logit_scale_and_cap(self.lm.config.get_text_config())
+
+        def project(hidden):
+            logits = torch.func.functional_call(head, values, (hidden,)) * scale
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        return project
+
+
+def _logit_scale_and_cap(config) -> tuple[float, float | None]:
+    """What a model family does to its logits after the head, by its names in the configuration (transformers 5.23)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name), cap
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0, cap
+    return (divisor if config.model_type == "hyperclovax" else 1 / divisor), cap
