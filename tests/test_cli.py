@@ -1,0 +1,422 @@
+"""The command line: what it prints, what it launches, and how it says that something is wrong."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from trl_trust import cli, script
+from trl_trust.methods import METHODS, get_method
+from trl_trust.optimizers import OPTIMIZERS
+
+
+METHOD_NAMES = [method.name for method in METHODS]
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model_path):
+    """Writes a recipe that trains one step on a CPU, changed by keywords, and returns its path."""
+    rows = [{"prompt": f"{a}+1=", "solution": str(a + 1)} for a in range(8)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+
+    def write(**changes) -> str:
+        path = tmp_path / "recipe.yaml"
+        settings = {
+            "model_name_or_path": tiny_model_path,
+            "dataset_name": str(data),
+            "reward_funcs": ["math_accuracy_reward"],
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "num_generations": 2,
+            "steps_per_generation": 2,
+            "max_completion_length": 4,
+        }
+        path.write_text(yaml.safe_dump({**settings, **changes}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Namespace]:
+    """What reached `accelerate launch`, in place of launching it."""
+    calls = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    return calls
+
+
+def error_of(capsys, *words, launch=False) -> str:
+    """The one line of the error that the command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words), launch=launch)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-trust: error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# -- looking around --------------------------------------------------------------------------------------------------
+
+
+def test_looking_around_imports_neither_torch_nor_trl():
+    commands = [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in METHOD_NAMES),
+        *([name] for name in cli.SHOW),
+    ]
+    code = (
+        "import sys, time; start = time.perf_counter(); from trl_trust.cli import main\n"
+        f"for words in {commands!r}: assert main(words) == 0\n"
+        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy; print('seconds', time.perf_counter() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1.0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=METHOD_NAMES)
+def test_help_shows_the_fields_that_the_config_has(method, capsys):
+    config = getattr(import_module(method.module), method.config)
+    own = set(config.__annotations__) & {f.name for f in dataclasses.fields(config)}
+    stated = cli.stated_fields(method.module, method.config)
+    assert {name for name, _, _ in stated} == own
+    for name, default, text in stated:
+        field = config.__dataclass_fields__[name]
+        assert text == field.metadata["help"]
+        assert default == repr(field.default) or not isinstance(field.default, (str, int, float, type(None)))
+
+    assert cli.main([method.name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in [*own, "reward_funcs", "prompt_column"])
+    assert "--help-all" in shown
+
+
+def test_help_all_lists_every_field(capsys):
+    assert cli.main(["dispo", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in ("epsilon_pos_low", "learning_rate", "lora_r", "vllm_mode"))
+
+
+def test_tables(capsys):
+    for command, names in {
+        "methods": METHOD_NAMES,
+        "optimizers": [row.name for row in OPTIMIZERS],
+        "recipes": list(cli.recipes()),
+    }.items():
+        assert cli.main([command]) == 0
+        shown = capsys.readouterr().out
+        assert names and all(name in shown for name in names)
+
+
+def test_quickstart_gets_its_arguments(monkeypatch):
+    monkeypatch.setattr("trl_trust.quickstart.run.main", lambda words: len(words))
+    assert cli.main(["quickstart", "--steps", "2"]) == 2
+
+
+# -- recipes by name -------------------------------------------------------------------------------------------------
+
+
+def test_recipe_by_short_name_and_by_file(tmp_path):
+    path = str(cli.recipes()["dispo/qwen3-1.7b-math"])
+    assert os.path.isfile(path)
+    for words in (["--config", "dispo/qwen3-1.7b-math"], ["--config=dispo/qwen3-1.7b-math.yaml"], ["--config", path]):
+        assert cli.resolve_recipe([*words, "--seed", "1"]) == ["--config", path, "--seed", "1"]
+
+
+def test_recipes_of_a_wheel_come_first(tmp_path, monkeypatch):
+    (tmp_path / "recipes" / "dispo").mkdir(parents=True)
+    (tmp_path / "recipes" / "dispo" / "inside.yaml").write_text("# inside\n")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    assert list(cli.recipes()) == ["dispo/inside"]
+
+
+def test_unreadable_recipes(tmp_path, capsys):
+    assert "dispo/qwen3-1.7b-math" in error_of(capsys, "dispo", "--config", "dispo/qwen3-1.7b")
+    assert "dppo/qwen3-30b-a3b-math" in error_of(capsys, "dispo", "--config", "no-such-recipe")
+    assert "after it" in error_of(capsys, "dispo", "--config")
+    for name, content, said in [
+        ("broken.yaml", b"a: [1\nb: 2", "line 2"),
+        ("list.yaml", b"- a\n- b", "mapping"),
+        ("latin.yaml", "name: caf\xe9".encode("latin-1"), "cannot read recipe"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        error = error_of(capsys, "dispo", "--config", str(tmp_path / name))
+        assert said in error and name in error
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "said"),
+    [
+        ({"epsilon_pos_lo": 0.1}, [], "unknown field 'epsilon_pos_lo' in the recipe; did you mean 'epsilon_pos_low'?"),
+        ({}, ["--lora_rr", "1"], "unknown field 'lora_rr' on the command line; did you mean 'lora_r'?"),
+        ({}, ["--learning_r", "1"], "did you mean 'learning_rate'?"),  # no abbreviations
+        ({}, ["stray"], "unexpected 'stray'"),
+        ({}, ["--num_processes", "2"], "for the launcher"),
+        ({}, ["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        ({"learning_rate": [1, 2]}, [], "invalid float value: '[1, 2]'"),
+        ({"max_steps": True}, [], "invalid int value: 'True'"),
+        ({"epsilon_pos_low": -1.0}, [], "epsilon_pos_low=-1.0"),
+        ({"loss_type": "cispo"}, [], "loss_type='cispo'"),
+        ({"save_strategy": "sometimes"}, [], "sometimes"),
+        ({"optim": "auom"}, [], "auon"),
+        ({}, ["--optim", "auom"], "auon"),
+        ({"model_name_or_path": None}, [], "model_name_or_path"),
+        ({"model_name_or_path": "/no/such/model"}, [], "/no/such/model"),
+        ({"dataset_name": None}, [], "dataset_name"),
+        ({"dataset_name": "/no/such/file.jsonl"}, [], "no such file"),
+        ({"dataset_name": "someone/absent"}, [], "someone/absent"),
+        ({"datasets": [{"path": "json"}]}, [], "either `dataset_name`"),
+        ({"dataset_train_split": "training"}, [], "no split 'training'; it has train"),
+        ({"eval_strategy": "epoch"}, [], "no split 'test'"),
+        ({"prompt_column": "problem"}, [], "no column 'problem' for the prompt; it has prompt, solution"),
+        ({"reward_funcs": None}, [], "reward_funcs"),
+        ({"reward_funcs": "math_acuracy_reward"}, [], "did you mean 'math_accuracy_reward'?"),
+        ({"reward_funcs": ["json.nothing"]}, [], "json.nothing"),
+        ({"reward_funcs": ["no_such_module.reward"]}, [], "no_such_module"),
+        ({"reward_funcs": ["json.__doc__"]}, [], "cannot be called"),
+        ({"reward_funcs": [f"{__name__}.level_reward"]}, [], "level_reward needs the column `level`"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(recipe, capsys, changes, words, said):
+    assert said in error_of(capsys, "dispo", "--config", recipe(**changes), *words)
+
+
+def level_reward(completions, level, **kwargs):
+    return level
+
+
+def test_missing_reference_column(recipe, tmp_path, capsys):
+    (tmp_path / "plain.csv").write_text("prompt,level\n1+1=,3\n")
+    for reward in ("math_accuracy_reward", "accuracy_reward"):
+        path = recipe(dataset_name=str(tmp_path / "plain.csv"), reward_funcs=reward)
+        assert "`solution`" in error_of(capsys, "dispo", "--config", path)
+
+
+def test_broken_data_file(recipe, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text('{"prompt": ')
+    assert "broken.json" in error_of(capsys, "dispo", "--config", recipe(dataset_name=str(tmp_path / "broken.json")))
+
+
+def test_unknown_command(capsys):
+    assert "did you mean dispo" in error_of(capsys, "disspo")
+
+
+def test_traceback_on_demand(recipe, monkeypatch):
+    monkeypatch.setenv("TRL_TRUST_TRACEBACK", "")  # restored afterwards
+    with pytest.raises(ValueError, match="epsilon_pos_low"):
+        cli.main(["dispo", "--config", recipe(epsilon_pos_low=-1.0), "--traceback"], launch=False)
+
+
+# -- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_launch_divides_words_between_launcher_and_script(recipe, launched):
+    path = recipe(num_processes=2, multi_gpu=True, debug=False, main_process_port=1234)
+    assert cli.main(["dispo", "--config", path, "--num_processes=4", "--seed", "4", "--use_vllm"]) == 0
+    (args,) = launched
+    assert (args.training_script, args.module) == ("trl_trust", True)
+    assert args.training_script_args == ["dispo", "--config", path, "--seed", "4", "--use_vllm"]
+    assert (args.num_processes, args.multi_gpu, args.main_process_port) == (4, True, 1234)
+
+
+@pytest.mark.parametrize("where", ["recipe", "words", "both"])
+def test_accelerate_configs_of_trl_by_name(recipe, launched, where):
+    path = recipe(**({} if where == "words" else {"accelerate_config": "zero2" if where == "both" else "zero3"}))
+    cli.main(["dppo", "--config", path, *([] if where == "recipe" else ["--accelerate_config", "zero3"])])
+    assert launched[0].config_file.endswith("zero3.yaml")
+    assert launched[0].training_script_args == ["dppo", "--config", path]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_proceses", "2"], "did you mean 'num_processes'?"),
+        (["--num_processes", "two"], "invalid int value: 'two'"),
+        (["--num_processes", "2", "stray"], "unexpected 'stray'"),
+        (["--accelerate_config", "zero9"], "zero9"),
+    ],
+)
+def test_launch_errors(recipe, launched, capsys, words, said):
+    assert said in error_of(capsys, "dispo", "--config", recipe(), *words, launch=True)
+    assert not launched
+
+
+def test_launch_constructs_no_config(recipe, launched):
+    """8 processes x 1 hold one group of 8; the launching process alone would find 1 x 1 indivisible."""
+    sizes = {"per_device_train_batch_size": 1, "steps_per_generation": 2, "num_generations": 8}
+    assert cli.main(["dispo", "--config", recipe(num_processes=8, **sizes)]) == 0
+    assert launched[0].num_processes == 8
+
+
+def test_exit_status_of_a_failed_launch(recipe, monkeypatch, capsys):
+    def fail(code):
+        def launch(args):
+            raise subprocess.CalledProcessError(code, "python")
+
+        return launch
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail(3))
+    assert cli.main(["dispo", "--config", recipe()]) == 3
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail(-9))
+    assert cli.main(["dispo", "--config", recipe()]) == 9
+    assert "signal 9" in capsys.readouterr().err
+
+
+def test_under_a_launcher_it_trains_in_process(recipe, launched, monkeypatch):
+    ran = []
+    monkeypatch.setattr(script.RecipeParser, "parse", lambda self, words, known: (Namespace(dataset_name="data"),))
+    monkeypatch.setattr(script, "build_trainer", lambda method, *configs: method)
+    monkeypatch.setattr(script, "run", lambda trainer, name: ran.append((trainer.name, name)))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(["dispo", "--config", recipe()]) == 0
+    assert (ran, launched) == ([("dispo", "data")], [])
+
+
+def test_in_process_passes_over_what_the_recipe_says_to_the_launcher(recipe, launched):
+    path = recipe(num_processes=2, accelerate_config="zero3")
+    assert cli.main(["dispo", "--config", path], launch=False) == 0
+    assert not launched
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["trl-trust", "dispo", "--num_processes", "2", "--multi_gpu"],
+        ["accelerate", "launch", "--num_processes", "1", "-m", "trl_trust", "dispo"],
+    ],
+    ids=["trl-trust on two processes", "accelerate launch"],
+)
+def test_the_real_thing(recipe, tmp_path, command):
+    """One step in processes of their own, with an optimizer by name and the report of each rank's world."""
+    command[0] = os.path.join(os.path.dirname(sys.executable), command[0])
+    words = [*command, "--config", recipe(optim="muon", reward_funcs=["world_reward.world"])]
+    (tmp_path / "world_reward.py").write_text(
+        "import os\n"
+        "def world(completions, **kwargs):\n"
+        "    open('rank' + os.environ.get('RANK', '0'), 'w').write(os.environ.get('WORLD_SIZE', '1'))\n"
+        "    return [float(i) for i in range(len(completions))]\n"
+    )
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
+    assert ranks == ({"rank0": "2", "rank1": "2"} if "--multi_gpu" in command else {"rank0": "1"})
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# -- settings and data -----------------------------------------------------------------------------------------------
+
+
+def test_command_line_overrides_recipe_and_bare_no_is_no(recipe):
+    path = recipe(learning_rate="1e-5", epsilon_pos_high=float("inf"), reward_funcs="think_format_reward")
+    text = Path(path).read_text()
+    assert "save_strategy: 'no'" in text
+    Path(path).write_text(text.replace("save_strategy: 'no'", "save_strategy: no"))
+    parser = script.make_parser(get_method("dispo"))
+    script_args, args, *_ = parser.parse(["--config", path, "--epsilon_neg_low", "0.5", "--lora_r", "4"])
+    assert (args.save_strategy, args.learning_rate, args.epsilon_pos_high) == ("no", 1e-5, float("inf"))
+    assert (args.epsilon_neg_low, script_args.reward_funcs) == (0.5, ["think_format_reward"])
+
+
+def arguments(**changes) -> script.TrustScriptArguments:
+    return script.TrustScriptArguments(**changes)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "csv", "directory"])
+def test_local_data(tmp_path, kind, streaming):
+    rows = Dataset.from_dict({"prompt": ["1+1=", "2+1="], "solution": ["2", "3"]})
+    path = tmp_path / f"train.{'jsonl' if kind == 'directory' else kind}"
+    getattr(rows, {"parquet": "to_parquet", "csv": "to_csv"}.get(kind, "to_json"))(path)
+    name = str(tmp_path if kind == "directory" else path)
+    args = arguments(dataset_name=name, dataset_streaming=streaming)
+    data = script.prepare_split(script.load_data(args, Namespace(datasets=[])), "train", args)
+    assert script.column_names(data) == ["prompt", "solution"]
+    assert [row["prompt"] for row in data] == ["1+1=", "2+1="]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompt_column_and_system_prompt(streaming):
+    user = {"role": "user", "content": "1+1="}
+    data = Dataset.from_dict(
+        {
+            "prompt": ["unused"],
+            "problem": ["1+1="],
+            "chat": [[{"role": "system", "content": "old"}, user]],
+            "answer": ["2"],
+        }
+    )
+    splits = {"train": data.to_iterable_dataset() if streaming else data}
+
+    def prompt(**changes):
+        (row,) = script.prepare_split(splits, "train", arguments(**changes))
+        assert row["answer"] == "2"
+        return row["prompt"]
+
+    system = {"role": "system", "content": "Think."}
+    assert prompt() == "unused"
+    assert prompt(prompt_column="problem") == "1+1="
+    assert prompt(prompt_column="problem", system_prompt="Think.") == [system, user]
+    assert prompt(prompt_column="problem", system_prompt="") == [user]
+    assert prompt(prompt_column="chat", system_prompt="Think.") == [system, user]
+
+
+def test_mixture_of_data_sets(recipe, tmp_path):
+    path = recipe(dataset_name=None, datasets=[{"path": "json", "data_files": str(tmp_path / "train.jsonl")}] * 2)
+    script_args, _, _, mixture = script.make_parser(get_method("dispo")).parse(["--config", path])
+    assert len(script.load_data(script_args, mixture)["train"]) == 16
+
+
+def test_saves_and_pushes_as_asked(recipe, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("trl.GRPOTrainer.push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *args, **kwargs: None)
+    path = recipe(push_to_hub=True, hub_model_id="me/mine")
+    monkeypatch.setattr("trl.GRPOTrainer.hub_model_id", "me/mine", raising=False)
+    assert cli.main(["dispo", "--config", path], launch=False) == 0
+    assert pushed[-1] == {"dataset_name": str(tmp_path / "train.jsonl")}
+
+
+# -- TRL's own scripts -----------------------------------------------------------------------------------------------
+
+
+def test_trl_script_with_our_optimizer(recipe, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{a}+1={a + 1}"}) for a in range(8)))
+    path = recipe(dataset_name=None, datasets=[{"path": "json", "data_files": str(tmp_path / "text.jsonl")}])
+    settings = yaml.safe_load(Path(path).read_text())
+    for name in ("reward_funcs", "num_generations", "steps_per_generation", "max_completion_length"):
+        del settings[name]  # GRPO's own
+    Path(path).write_text(yaml.safe_dump({**settings, "optim": "auon"}))
+    assert cli.main(["sft", "--config", path], launch=False) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "did you mean 'max_length'?" in error_of(capsys, "sft", "--config", path, "--max_lenght", "8")
+
+
+@pytest.mark.parametrize("name", cli.TRL_SCRIPTS)
+def test_trl_scripts_know_our_optimizers_and_launch(name, tmp_path, launched):
+    words = ["--output_dir", str(tmp_path), "--optim", "hybrid_auon"]
+    assert cli.main([name, *words, "--num_processes", "2"]) == 0
+    assert launched[0].training_script_args == [name, *words]
+    parser, _ = cli.trl_script(name)
+    assert parser.parse([*words, "--use_cpu", "--bf16", "false"])[1].optim == "hybrid_auon"

@@ -1,0 +1,335 @@
+"""The command line: `trl-trust METHOD --config RECIPE [--any-field VALUE]`, and what there is to look at.
+
+`trl-trust` launches training through accelerate, as `trl` does; `python -m trl_trust` trains in its own process, which
+is what a launcher runs. Nothing here imports torch or TRL before a training command needs it.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import fill
+
+from .methods import GRADES, METHODS, get_method
+
+
+# TRL's own scripts, run as they are, with the optimizers of this package known by name
+TRL_SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward", "rloo", "distillation")
+
+
+def main(argv: list[str] | None = None, launch: bool = True) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: words after the program's name; those of the process by default.
+        launch: train through `accelerate launch`, or else in this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--traceback" in words:
+        words.remove("--traceback")
+        os.environ["TRL_TRUST_TRACEBACK"] = "1"  # `one_line_errors` reads it, here and in the processes launched
+    command, *rest = words or ["--help"]
+    methods = [method.name for method in METHODS]
+    wants_help = not {"-h", "--help"}.isdisjoint(rest)
+
+    if command in ("-h", "--help"):
+        print(top_help())
+    elif command == "--version":
+        print(import_module("trl_trust").__version__)
+    elif command == "quickstart":
+        return import_module("trl_trust.quickstart.run").main(rest)
+    elif command in SHOW:
+        SHOW[command]()
+    elif command in methods and wants_help:
+        print(method_help(command))
+    elif command in methods or command in TRL_SCRIPTS:
+        # a process that a launcher started does not launch again
+        return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
+    else:
+        with one_line_errors():
+            known = [*methods, *TRL_SCRIPTS, *SHOW, "quickstart"]
+            raise ValueError(f"unknown command {command!r}; {near(command, known)}")
+    return 0
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error in what the user gave into one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRL_TRUST_TRACEBACK"):
+            raise
+        process = f" in process {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"trl-trust: error{process}:", *str(error).split(), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What to say after an unknown name."""
+    matches = get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(matches)}?" if matches else f"there are: {', '.join(known)}"
+
+
+def split_assignment(word: str, start: str = "--") -> list[str]:
+    """`--name=value` as two words."""
+    return word.split("=", 1) if word.startswith(start) else [word]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def train(command: str, words: list[str], launch: bool) -> int:
+    """Train with the settings in `words`, in this process or through a launcher, and return the exit status.
+
+    What goes wrong before the first step is told in one line; what goes wrong in training keeps its traceback.
+    """
+    with one_line_errors():
+        words = resolve_recipe(words)
+        from . import optim  # noqa: F401  registers the optimizers' names before a parser lists them
+
+        parser, prepare = trl_script(command) if command in TRL_SCRIPTS else method_script(command)
+        if not {"-h", "--help", "--help-all"}.isdisjoint(words):
+            parser.print_help()
+            return 0
+        if launch:
+            start = launcher(command, words, parser)
+        else:
+            start = prepare(*parser.parse(words, launcher_options()))
+    return start() or 0
+
+
+def method_script(name: str):
+    """The parser of a method, and the function that takes what it parsed and returns the training, ready to start."""
+    from .script import build_trainer, make_parser, run
+
+    def prepare(script_args, *configs) -> Callable[[], None]:
+        return partial(run, build_trainer(get_method(name), script_args, *configs), script_args.dataset_name)
+
+    return make_parser(get_method(name), prog=f"trl-trust {name}"), prepare
+
+
+def trl_script(name: str):
+    """The same for a script of TRL's."""
+    from .script import RecipeParser
+
+    script = import_module(f"trl.scripts.{name}")
+    return RecipeParser(script.make_parser().dataclass_types, prog=f"trl-trust {name}"), partial(partial, script.main)
+
+
+def launcher_options() -> dict[str, bool]:
+    """The options of `accelerate launch`, and whether each is a flag, i.e. takes no value."""
+    from accelerate.commands.launch import launch_command_parser
+
+    options = {option: action.nargs == 0 for option, action in launch_command_parser()._option_string_actions.items()}
+    # TRL's addition: a file, or one of the configs that TRL ships, by name
+    return {**options, "--accelerate_config": False}
+
+
+def launcher(command: str, words: list[str], parser) -> Callable[[], int]:
+    """Return what launches `python -m trl_trust command` as `accelerate launch` would, with the options in `words`."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    is_flag = launcher_options()
+    from_recipe, from_words = parser.split(words)
+    parser.refuse_unknown(from_recipe, "in the recipe", is_flag)
+    parser.refuse_unknown(from_words, "on the command line", is_flag)
+
+    launch_words = [part for word in from_words for part in split_assignment(word)]
+    for option, value in zip(from_recipe[::2], from_recipe[1::2], strict=True):
+        if option not in launch_words:  # the command line overrides the recipe
+            launch_words += ([option] if value == "True" else []) if is_flag[option] else [option, value]
+    script_words, taken = [], iter([*from_words, None])
+    next_taken = next(taken)
+    for word in words:  # `from_words` is an ordered part of `words`: what remains is for the script
+        if word == next_taken:
+            next_taken = next(taken)
+        else:
+            script_words.append(word)
+    launch_parser = launch_command_parser()
+    launch_parser.error = parser.error  # one line, without the usage of a hundred options
+    args = launch_parser.parse_args(
+        [*resolve_accelerate_config_argument(launch_words), "--module", "trl_trust", command, *script_words]
+    )
+    if args.training_script != "trl_trust":  # a word too many among the launcher's
+        raise ValueError(f"unexpected {args.training_script!r} on the command line; a setting is `--name value`")
+
+    def start() -> int:
+        try:
+            launch_command(args)
+        except subprocess.CalledProcessError as error:
+            if error.returncode < 0:  # else the process has said itself what went wrong
+                print(f"trl-trust: error: training was ended by signal {-error.returncode}", file=sys.stderr)
+            return abs(error.returncode)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            print(f"trl-trust: error: process {rank} failed with exit status {failure.exitcode}", file=sys.stderr)
+            return abs(failure.exitcode)
+        return 0
+
+    return start
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recipes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes of this installation: short name, `METHOD/NAME`, to file."""
+    package = Path(__file__).parent
+    installed = package / "recipes"  # in a wheel; in a checkout they are at the top of the repository
+    root = installed if installed.is_dir() else package.parent / "recipes"
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(root.glob("*/*.yaml"))}
+
+
+def resolve_recipe(words: list[str]) -> list[str]:
+    """Replace what follows `--config`, a file or a recipe's short name, by the file.
+
+    Raises:
+        ValueError: if there is no such recipe, or it is not YAML.
+    """
+    import yaml
+
+    words = [part for word in words for part in split_assignment(word, "--config=")]
+    if "--config" not in words:
+        return words
+    place = words.index("--config") + 1
+    if place == len(words):
+        raise ValueError("--config: expected a recipe after it, a file or a short name")
+    name, known = words[place], recipes()
+    path = Path(name) if Path(name).is_file() else known.get(name.removesuffix(".yaml").removeprefix("recipes/"))
+    if path is None:
+        raise ValueError(f"no recipe {name!r}: it is no file, and of the short names {near(name, known)}")
+    try:
+        yaml.safe_load(path.read_text("utf-8"))  # TRL's parser reads it again; this is for the message
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"recipe {path}, line {error.problem_mark.line + 1}: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read recipe {path}: {error}") from error
+    words[place] = str(path)
+    return words
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Things to look at
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def top_help() -> str:
+    """The text of `trl-trust --help`."""
+    rows = "\n".join(f"  {method.name:<14}{method.summary}" for method in METHODS)
+    return f"""\
+trl-trust: trust-region post-training for Hugging Face TRL
+
+Usage: trl-trust COMMAND [--config RECIPE] [--FIELD VALUE ...]
+
+Train with a method of this package (`trl-trust METHOD --help` shows its settings):
+{rows}
+
+Train with TRL's own script, with the optimizers of this package known by name:
+  {" ".join(TRL_SCRIPTS)}
+
+Look around:
+  quickstart    train a small model here and now: no download, no GPU
+  methods       the methods, with paper and provenance
+  optimizers    the optimizers that `--optim NAME` knows
+  recipes       the recipes that `--config NAME` knows
+
+Options:
+  --config      recipe (YAML): a file, or a short name such as dispo/qwen3-1.7b-math
+  --help-all    after a training command: every field there is (imports TRL)
+  --traceback   show where an error comes from
+  --version
+
+Options of `accelerate launch` (--num_processes 2, --accelerate_config zero3) mix with the fields, here and in recipes.
+"""
+
+
+def method_help(name: str) -> str:
+    """The text of `trl-trust METHOD --help`: what the method adds to TRL's settings, read without importing it."""
+    method = get_method(name)
+    sections = {
+        f"{method.title}'s own fields": stated_fields(method.module, method.config),
+        "Data and reward": stated_fields("trl_trust.script", "TrustScriptArguments"),
+    }
+    lines = [
+        f"{method.title} (arXiv {method.paper}): {method.summary}",
+        f"Provenance: {method.grade}, i.e. {GRADES[method.grade]}",
+        "",
+        f"Usage: trl-trust {name} [--config RECIPE] [--FIELD VALUE ...]",
+    ]
+    for title, fields in sections.items():
+        lines += ["", f"{title}:"]
+        for field, default, text in fields:
+            lines.append(f"  --{field} ({default})")
+            lines.append(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    own = [recipe for recipe in recipes() if recipe.startswith(f"{name}/")]
+    lines += [
+        "",
+        f"Recipes: {', '.join(own) or 'none'}",
+        "All fields of TRL's GRPOConfig, ModelConfig and ScriptArguments, and all options of `accelerate launch`, are",
+        f"taken too, here and in a recipe. `trl-trust {name} --help-all` lists the fields (and imports TRL to do so).",
+    ]
+    return "\n".join(lines)
+
+
+def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
+    """(name, default, help) of the fields that a config class itself states, read from its source: importing it
+    would take seconds. It has to state them as `name: type = field(default=..., metadata={"help": ...})`."""
+    tree = ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
+    found = []
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            text = ast.literal_eval(given["metadata"])["help"]
+            found.append((node.target.id, ast.unparse(given.get("default", given.get("default_factory"))), text))
+    return found
+
+
+def show_methods() -> None:
+    """`trl-trust methods`."""
+    show_table(METHODS)
+
+
+def show_optimizers() -> None:
+    """`trl-trust optimizers`."""
+    from .optimizers import OPTIMIZERS
+
+    show_table(OPTIMIZERS)
+
+
+def show_table(rows) -> None:
+    """Print rows of the table of methods or of optimizers, and what their grades mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "arXiv", "provenance", "what it does", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row.name, row.paper, row.grade, row.summary)
+    Console().print(table)
+    print()
+    for grade, meaning in GRADES.items():
+        if any(row.grade == grade for row in rows):
+            print(fill(f"{grade}: {meaning}", 110, subsequent_indent="  "))
+
+
+def show_recipes() -> None:
+    """`trl-trust recipes`. The first line of a recipe says what it is."""
+    for name, path in recipes().items():
+        print(f"{name:<28}{path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+
+
+SHOW = {"methods": show_methods, "optimizers": show_optimizers, "recipes": show_recipes}

@@ -1,0 +1,278 @@
+"""The training script behind every method: read the settings, load data and rewards, build the trainer, train, save.
+
+What `trl grpo` is to `GRPOTrainer`, for any row of the table of methods. Importing this module does not import torch.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib import import_module
+from typing import get_args, get_type_hints
+
+from trl import ScriptArguments, TrlParser
+
+from .methods import Method
+from .rewards import load_reward_func, math_accuracy_reward
+
+
+# file name suffix -> the loader of `datasets` that reads it
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+# what `GRPOTrainer` passes to a reward function by itself; everything else is a column of the data set
+TRAINER_PROVIDES = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass
+class TrustScriptArguments(ScriptArguments):
+    """
+    Arguments of the training script, beside those of the config and the model.
+
+    Parameters:
+        reward_funcs (`list[str]`, *optional*):
+            Names, see [`~trl_trust.rewards.load_reward_func`]. Their sum, weighted by `reward_weights`, is the reward.
+        reward_model_name_or_path (`str`, *optional*):
+            A reward model, beside or instead of the functions.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the data set that holds the prompt: text, or a list of messages.
+        system_prompt (`str`, *optional*):
+            Puts the prompt into a chat that this system message opens, in place of any other; an empty string makes a
+            chat without one. Unset, the prompt is left as it is: text is then continued without a chat template.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: `math_accuracy_reward`, TRL's `accuracy_reward`, `reasoning_accuracy_reward`, "
+            "`think_format_reward`, `get_soft_overlong_punishment`, or dotted import paths."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model, on the Hub or in a directory, beside or instead of functions."}
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column that holds the prompt, as text or as a list of messages."}
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Makes the prompt a chat opened by this system message; empty: a chat without one."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # `reward_funcs: name` in a recipe, without the dash of a list
+            self.reward_funcs = [self.reward_funcs]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` that refuses unknown names and values of the wrong type, and says so in one line (`ValueError`)."""
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+        # without abbreviations a mistyped name is an error on the command line as it is in a recipe
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.field_names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        hints = {name: hint for dtype in self.dataclass_types for name, hint in get_type_hints(dtype).items()}
+        self.number_names = {k for k, hint in hints.items() if {hint, *get_args(hint)} & {int, float}}
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        for name, value in config.items():
+            if value is False and name.endswith("_strategy"):
+                config[name] = "no"  # YAML 1.1 reads a bare `no` as False
+            elif value is not None and name in self.number_names:
+                config[name] = str(value)  # argparse checks the type of text only
+        return super().set_defaults_with_config(**config)
+
+    def split(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """Return the words that are no setting of the script: those from the recipe, and those of the command line.
+
+        No config is constructed: only the training processes know how many they are and what device they have.
+        """
+        self.dataclass_types = []
+        *_, from_recipe, from_words = self.parse_args_and_config(
+            words, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        return from_recipe, from_words
+
+    def parse(self, words: list[str], launcher_options: Iterable[str] = ()) -> tuple:
+        """Return one instance of each dataclass; a recipe may hold options of the launcher too, which are passed over.
+
+        Raises:
+            ValueError: for an unknown name, or a value that its config refuses.
+        """
+        try:
+            *configs, from_recipe, from_words = self.parse_args_and_config(
+                words, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except TypeError as error:  # such as a wrong key under `datasets:`
+            raise ValueError(f"a setting has the wrong form: {error}") from error
+        self.refuse_unknown(from_recipe, "in the recipe", launcher_options)
+        for word in from_words:
+            if word in launcher_options:
+                raise ValueError(f"{word} is for the launcher: pass it to `accelerate launch`, or run `trl-trust`")
+        self.refuse_unknown(from_words, "on the command line")
+        return tuple(configs)
+
+    def refuse_unknown(self, words: list[str], where: str, also_known: Iterable[str] = ()) -> None:
+        """Raise `ValueError` for the first word that starts like an option and is none, naming the nearest one."""
+        if words and not words[0].startswith("-"):
+            raise ValueError(f"unexpected {words[0]!r} {where}; a setting is `--name value`")
+        for word in words:
+            name = word.split("=")[0]
+            if word.startswith("--") and name not in also_known:
+                known = [*self.field_names, *(option.lstrip("-") for option in also_known)]
+                near = get_close_matches(name.lstrip("-"), known, n=1)
+                mend = f"did you mean {near[0]!r}?" if near else "--help-all lists the known ones"
+                raise ValueError(f"unknown field {name.lstrip('-')!r} {where}; {mend}")
+
+
+def make_parser(method: Method, prog: str | None = None) -> RecipeParser:
+    """Return the parser of `method`: the script's arguments, the method's config, the model's, a mixture of data."""
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    config = getattr(import_module(method.module), method.config)
+    return RecipeParser((TrustScriptArguments, config, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(script_args: TrustScriptArguments, dataset_args):
+    """Load what the arguments name: a mixture, a local file or directory, or a data set on the Hub.
+
+    Returns:
+        The splits, by name. A file has one split, `train`.
+
+    Raises:
+        ValueError: if nothing is named, or it cannot be loaded.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    name = script_args.dataset_name
+    if (name is None) == (not dataset_args.datasets):
+        raise ValueError(
+            f"dataset_name={name!r}: set either `dataset_name` (on the Hub, or a file or directory) or `datasets`"
+        )
+    loader = FILE_LOADERS.get(os.path.splitext(name or "")[1].lower())
+    if loader and not os.path.isfile(name):
+        raise ValueError(f"dataset_name={name!r}: no such file")
+    where = {"path": loader, "data_files": name} if loader else {"path": name, "name": script_args.dataset_config}
+    try:
+        if name is None:
+            return get_dataset(dataset_args)
+        return load_dataset(**where, streaming=script_args.dataset_streaming)
+    except Exception as error:  # from the Hub, the network, a broken file: all the same to the user
+        raise ValueError(f"cannot load the data set {name or ''}: {error.__cause__ or error}") from error
+
+
+def prepare_split(splits, split: str, script_args: TrustScriptArguments):
+    """Return one split with a `prompt` column, in the form that `prompt_column` and `system_prompt` ask for."""
+    if split not in splits:
+        raise ValueError(f"the data set has no split {split!r}; it has {', '.join(splits)}")
+    data, column, system = splits[split], script_args.prompt_column, script_args.system_prompt
+    columns = column_names(data)
+    if column not in columns:
+        raise ValueError(
+            f"the data set has no column {column!r} for the prompt; it has {', '.join(columns)} (set `prompt_column`)"
+        )
+    if column != "prompt":
+        data = (data.remove_columns("prompt") if "prompt" in columns else data).rename_column(column, "prompt")
+    if system is None:
+        return data
+
+    def as_chat(row):
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        opening = [{"role": "system", "content": system}] if system else []
+        return {"chat": opening + [message for message in messages if message["role"] != "system"]}
+
+    # a new column, since a column cannot change its type from text to messages
+    return data.map(as_chat, remove_columns="prompt").rename_column("chat", "prompt")
+
+
+def column_names(data) -> list[str]:
+    """Names of the columns of a data set; a streamed file tells them only by its first row."""
+    return data.column_names or list(next(iter(data)))
+
+
+def check_reward_columns(rewards: list[Callable | str], columns: list[str]) -> None:
+    """Raise `ValueError` for a reward function with a parameter that neither the trainer nor the data set provides."""
+    for reward in filter(callable, rewards):
+        missing = [
+            f"`{name}`"
+            for name, parameter in inspect.signature(reward).parameters.items()
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+            if name not in columns and name not in TRAINER_PROVIDES
+        ]
+        if reward is math_accuracy_reward and not {"solution", "answer"} & set(columns):
+            missing = ["`solution` or `answer`"]
+        if missing:
+            name = getattr(reward, "__name__", reward)
+            raise ValueError(f"{name} needs the column {', '.join(missing)}; the data set has {', '.join(columns)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(method: Method, script_args: TrustScriptArguments, training_args, model_args, dataset_args):
+    """Return the trainer of `method`, ready to train.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the data or the rewards, each said in one line.
+        OSError: if the model cannot be found.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    model = model_args.model_name_or_path
+    if model is None or (model.startswith((".", "/")) and not os.path.isdir(model)):
+        raise ValueError(f"model_name_or_path={model!r}: set it to a model on the Hub, or to a directory")
+    rewards = [load_reward_func(name, training_args.max_completion_length) for name in script_args.reward_funcs or ()]
+    if script_args.reward_model_name_or_path:
+        rewards.append(script_args.reward_model_name_or_path)
+    if not rewards:
+        raise ValueError("no reward: set `reward_funcs`, for instance to math_accuracy_reward")
+
+    splits = load_data(script_args, dataset_args)
+    train = prepare_split(splits, script_args.dataset_train_split, script_args)
+    check_reward_columns(rewards, column_names(train))
+    evaluates = training_args.eval_strategy != "no"
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return getattr(import_module(method.module), method.trainer)(
+        model=model,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=prepare_split(splits, script_args.dataset_test_split, script_args) if evaluates else None,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def run(trainer, dataset_name: str | None = None) -> None:
+    """Train, save to `output_dir`, push to the Hub if `push_to_hub` asks for it, and close what the trainer opened."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}")
+    trainer.end()
