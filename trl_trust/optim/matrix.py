@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -380,14 +381,17 @@ class MatrixOptimizer(Optimizer):
         _write_back(params, work)
 
     def _all_finite(self) -> bool:
-        peaks: dict[Any, list[Tensor]] = {}  # by mesh: collectives must not mix them
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    mesh = p.device_mesh if isinstance(p, DTensor) else p.device
-                    peaks.setdefault(mesh, []).append(torch.linalg.vector_norm(p.grad, ord=math.inf))
-        totals = [torch.stack(norms).amax() for norms in peaks.values()]
-        return all(math.isfinite(_full(total).item()) for total in totals)
+        finite: dict[DeviceMesh | torch.device, list[Tensor]] = {}  # by mesh: a collective must not mix them
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            if p.grad is not None:
+                place = p.device_mesh if isinstance(p, DTensor) else p.device
+                finite.setdefault(place, []).append(_local(p.grad).isfinite().all())
+        bad = [(~torch.stack(flags)).float().sum() for flags in finite.values()]  # counts, 0-d
+        for index, place in enumerate(finite):
+            if isinstance(place, DeviceMesh):  # summed over the ranks; a maximum would lose NaNs in some backends
+                partial = DTensor.from_local(bad[index], place, [Partial()] * place.ndim, run_check=False)
+                bad[index] = partial.full_tensor()
+        return not any(count.item() for count in bad)
 
 
 class _BlockState(MutableMapping):
@@ -482,10 +486,6 @@ def _state_dtype(p: Tensor) -> torch.dtype:
 
 def _local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
-
-
-def _full(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def _local_gradient(p: Tensor) -> Tensor:
