@@ -170,9 +170,11 @@ def declared_options(target: Callable) -> dict[str, Any]:
 
     `lr` counts as one although it may be positional.
     """
-    functions = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
+    functions = [target]
+    if isinstance(target, type):
+        functions = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
     options: dict[str, Any] = {}
-    for function in functions if isinstance(target, type) else [target]:
+    for function in functions:
         hints, parameters = get_type_hints(function), signature(function).parameters.values()
         for parameter in parameters:
             if parameter.kind is Parameter.KEYWORD_ONLY or parameter.name == "lr":
