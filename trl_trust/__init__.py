@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
     from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss
+    from .policy.etr import ETRConfig, ETRTrainer, etr_loss
 
 __all__ = ["METHODS", "__version__", *_EXPORTS]
 

@@ -66,6 +66,17 @@ METHODS: tuple[Method, ...] = (
         summary="drops a token when a divergence to the sampling policy, not a ratio, leaves the region",
         loss="dppo_loss",
     ),
+    Method(
+        name="etr",
+        title="ETR-style",
+        module="trl_trust.policy.etr",
+        trainer="ETRTrainer",
+        config="ETRConfig",
+        paper="2601.03723",
+        grade="reconstruction",
+        summary="clip widths that grow with a response's advantage, and on demand with the variance of its group",
+        loss="etr_loss",
+    ),
 )
 
 
