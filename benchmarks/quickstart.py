@@ -1,0 +1,47 @@
+"""Measure the quickstart over several seeds and write `benchmarks/results/quickstart.json`.
+
+    python benchmarks/quickstart.py --seeds 0 1 2 --method dispo
+
+runs `trl-trust quickstart` once a seed, everything else at its default, and keeps the last numbers of each run (the
+table it prints, not the curves). Two to three minutes a seed on two cores.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from trl_trust.quickstart import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The quickstart over several seeds.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--method", nargs="+", default=["dispo"])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quickstart.json")
+    args = parser.parse_args()
+
+    seeds, last = {}, {}
+    for seed in args.seeds:
+        with TemporaryDirectory() as folder:
+            status = run.main(["--seed", str(seed), "--method", *args.method, "--output-dir", folder])
+            if status:
+                return status
+            last = json.loads((Path(folder) / "metrics.json").read_text())
+        seeds[seed] = last["results"]
+    report = {
+        "command": shlex.join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]),
+        "versions": last["versions"],
+        "training": {name: value for name, value in last["training"].items() if name != "seed"},
+        "seeds": seeds,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
