@@ -19,11 +19,16 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it splits a generation batch
+from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it loads, scores and splits
+    add_fused_lm_head,
+    create_model_from_path,
     get_config_model_id,
     split_pixel_values_by_grid,
     split_tensor_dict,
@@ -174,6 +179,21 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
 
 
+def clip_ratios(ratio: Tensor, batch: PolicyBatch, low: float | Tensor, high: float | Tensor) -> dict[str, Tensor]:
+    """The metrics `clip_ratio/*` as TRL logs them, for [`clipped_surrogate`] of `ratio`, (B, T) or (B, 1)."""
+    too_low = ((ratio < 1 - low) & (batch.advantages < 0)).float()
+    too_high = ((ratio > 1 + high) & (batch.advantages > 0)).float()
+    # NaN, not 0, for an empty response: it has no clip ratio that could be the smallest
+    by_sequence = lambda x: x if x.shape[1] == 1 else (x * batch.mask).sum(-1, keepdim=True) / batch.mask.sum(-1, True)
+    return {
+        "clip_ratio/low_mean": too_low,
+        "clip_ratio/high_mean": too_high,
+        "clip_ratio/region_mean": too_low + too_high,
+        "clip_ratio/low_min": by_sequence(too_low),
+        "clip_ratio/high_max": by_sequence(too_high),
+    }
+
+
 def grpo_loss(
     batch: PolicyBatch,
     *,
@@ -194,19 +214,9 @@ def grpo_loss(
     ratio = torch.exp(log_ratio)
 
     capped = ratio if delta is None else torch.clamp(ratio, max=delta)
-    low = ((capped < 1 - epsilon) & (batch.advantages < 0)).float()
-    high = ((capped > 1 + epsilon_high) & (batch.advantages > 0)).float()
-    # NaN, not 0, for an empty response: it has no clip ratio that could be the smallest
-    by_sequence = lambda x: x if x.shape[1] == 1 else (x * batch.mask).sum(-1, keepdim=True) / batch.mask.sum(-1, True)
     return PolicyLoss(
         clipped_surrogate(ratio, batch.advantages, epsilon, epsilon_high, delta),
-        {
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low + high,
-            "clip_ratio/low_min": by_sequence(low),
-            "clip_ratio/high_max": by_sequence(high),
-        },
+        clip_ratios(capped, batch, epsilon, epsilon_high),
     )
 
 
@@ -480,6 +490,9 @@ class TrustGRPOTrainer(GRPOTrainer):
 
         One forward, or one for every `batch_size` rows.
         """
+        return self._score(model, inputs, batch_size, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
+
+    def _score(self, model, inputs, batch_size: int | None, **compute):
         # TRL 1.16: goes through the fused head, so logits are never held
         return self._get_per_token_logps_and_entropies(
             model,
@@ -487,20 +500,55 @@ class TrustGRPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
             batch_size,
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
+            **compute,
             **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
         )
 
-    def score_rollouts(self, tensors: dict[str, Any]) -> Tensor:
-        """(n, T) log-probabilities of a generation batch under the policy as it is, without gradient.
+    def score_rollouts(self, tensors: dict[str, Any], model: PreTrainedModel | None = None) -> Tensor:
+        """(n, T) log-probabilities of a generation batch under `model`, or the policy as it is, without gradient.
 
-        For [`extend_rollouts`]: one micro-batch at a time, as TRL computes `old_per_token_logps`.
+        For [`extend_rollouts`]: one micro-batch at a time, as TRL computes `old_per_token_logps`. `model` comes from
+        [`add_frozen_model`].
         """
         args = self.args
         size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
-            return self.score_completions(self.model, tensors, size)[0]
+            return self._score(self.model if model is None else model, tensors, size)[0]
+
+    def add_frozen_model(
+        self,
+        model: str | PreTrainedModel,
+        init_kwargs: dict[str, Any] | None = None,
+        temperature: float | None = None,
+    ) -> PreTrainedModel:
+        """Make `model`, loaded where it is an id, one that [`score_rollouts`] can score completions with.
+
+        It is frozen, in evaluation mode, and spread over processes as TRL 1.16 spreads its reference model.
+
+        Args:
+            init_kwargs: for loading; `dtype` defaults to float32, as TRL's do.
+            temperature: divides the logits; `None` for the sampling temperature.
+        """
+        if isinstance(model, str):
+            init_kwargs = {"trust_remote_code": self.args.trust_remote_code, **(init_kwargs or {})}
+            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                init_kwargs["device_map"] = None  # "auto" would spread it over devices that belong to others
+            model = create_model_from_path(model, **init_kwargs)
+        model.requires_grad_(False).eval()
+        add_fused_lm_head(
+            model.get_base_model() if is_peft_model(model) else model,
+            temperature=self.temperature if temperature is None else temperature,
+        )
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def log_value(self, name: str, value: float) -> None:
+        """Log a number that the host knows, such as seconds; for tensors there are [`PolicyLoss.metrics`]."""
+        # TRL 1.16: `_metrics` maps a name to the values since the last log, of which the main process logs the mean
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _policy_batch(self, inputs, logps: Tensor, entropies: Tensor) -> PolicyBatch:
         mask, advantages = inputs["completion_mask"], inputs["advantages"]
