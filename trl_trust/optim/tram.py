@@ -363,7 +363,7 @@ class TRAM(Optimizer):
         """
         self._record(eps_norm=global_norm(eps))
         for p, e in zip(params, eps, strict=True):
-            kept = self.anchor[p] if self.variant == "prev" and last else e
+            kept = self.anchor.get(p, e) if self.variant == "prev" and last else e
             shifted = p + e
             kept.copy_(p)
             p.copy_(shifted)
