@@ -1,0 +1,335 @@
+"""RLAD: a clipped ratio anchored on the old policy and a teacher (arXiv 2602.22495).
+
+Nearest TRL loss: `loss_type="grpo"`. One thing changes: the importance ratio is taken to a geometric mixture of the
+old policy and a frozen teacher, so the teacher decides whether and how far a token moves, and the reward in which
+direction. There is no distillation term.
+
+Provenance: **exact** for ratio, objective, clamp of the log-ratio and clip widths (the paper's equations and appendix,
+v2). The gradient of a saturated clamp and the form of the KL in the KDRL baseline are not stated: the first is an
+option here, the second is the k3 estimator that TRL uses for the reference.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..policy.base import (
+    PolicyBatch,
+    PolicyLoss,
+    Rollouts,
+    TrustGRPOConfig,
+    TrustGRPOTrainer,
+    clip_ratios,
+    clipped_surrogate,
+    is_number,
+    paper,
+)
+
+
+logger = get_logger(__name__)
+
+
+def rlad_loss(
+    batch: PolicyBatch,
+    *,
+    alpha: float = 0.5,
+    teacher_log_ratio_clip: float | None = 1.0,
+    clamp_grad: str = "literal",
+    teacher_kl_coef: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = 0.28,
+) -> PolicyLoss:
+    """The clipped surrogate of `exp(alpha d_old + (1 - alpha) clamp(d_T, -c, c))`.
+
+    `d_old = logps - old_logps`, `d_T = logps - teacher_logps`: GRPO with `old^alpha teacher^(1 - alpha)`, one number a
+    token and no distribution, in the place of the old policy.
+
+    `batch.extras["teacher_logps"]`, (B, T), is read when `alpha < 1` or `teacher_kl_coef > 0`, and not otherwise.
+
+    Args:
+        alpha: weight of the old policy; 1 is GRPO.
+        teacher_log_ratio_clip: c; `None` for no clamp.
+        clamp_grad: `"literal"`: a token whose clamp is saturated keeps `alpha` of its gradient, as the formula has it.
+            `"straight_through"`: it keeps all of it.
+        teacher_kl_coef: weight of KL(policy || teacher), by the k3 estimator; with `alpha=1` the KDRL baseline.
+        epsilon, epsilon_high: clip widths; `None` for `epsilon_high` means `epsilon`.
+
+    Returns:
+        per-token loss (B, T); metrics `clip_ratio/*` as of GRPO, on RLAD's ratio, and `rlad/ratio/{mean,min,max}`,
+        `rlad/dead/{pos,neg}` (clipped, hence without gradient); with a teacher, `rlad/clamped` (saturated clamps),
+        `rlad/student_minus_teacher` (mean of d_T, in nats) and `rlad/teacher_kl`.
+    """
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    log_ratio = batch.logps - batch.old_logps  # (B, T)
+    metrics, kl = {}, None
+    if alpha < 1 or teacher_kl_coef > 0:
+        to_teacher = batch.logps - batch.extras["teacher_logps"]  # (B, T), d_T
+        kl = torch.expm1(-to_teacher) + to_teacher
+        metrics = {"rlad/student_minus_teacher": to_teacher, "rlad/teacher_kl": kl}
+    if alpha < 1:
+        clamped = to_teacher
+        if teacher_log_ratio_clip is not None:
+            c = teacher_log_ratio_clip
+            clamped = to_teacher.clamp(-c, c)
+            if clamp_grad == "straight_through":
+                clamped = clamped.detach() + (batch.logps - batch.logps.detach())
+            metrics["rlad/clamped"] = (to_teacher.abs() > c).float()
+        log_ratio = alpha * log_ratio + (1 - alpha) * clamped
+    ratio = torch.exp(log_ratio)
+
+    per_token_loss = clipped_surrogate(ratio, batch.advantages, epsilon, epsilon_high)
+    if teacher_kl_coef > 0:
+        per_token_loss = per_token_loss + teacher_kl_coef * kl
+    clip = clip_ratios(ratio, batch, epsilon, epsilon_high)
+    return PolicyLoss(
+        per_token_loss,
+        {
+            **clip,
+            "rlad/ratio/mean": ratio,
+            "rlad/ratio/min": ratio,
+            "rlad/ratio/max": ratio,
+            "rlad/dead/pos": clip["clip_ratio/high_mean"],
+            "rlad/dead/neg": clip["clip_ratio/low_mean"],
+            **metrics,
+        },
+    )
+
+
+@dataclass
+class RLADConfig(TrustGRPOConfig):
+    r"""
+    Configuration of [`RLADTrainer`]: every field of [`TrustGRPOConfig`], the teacher, and how it enters the ratio.
+
+    `epsilon_high` (`0.28`) and `loss_type` (`"grpo"`) have the paper's defaults.
+
+    Parameters:
+        teacher_model_name_or_path (`str`, *optional*):
+            Frozen teacher. A model may be given to the trainer instead. Required with `alpha < 1`.
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for loading it. `dtype` defaults to that of its checkpoint; 4 or 8 bits through
+            `quantization_config`, e.g. `{"quantization_config": {"load_in_4bit": true}}`.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            Weight of the old policy in the anchor, in [0, 1]: 1 is GRPO and loads no teacher, 0 anchors on the teacher
+            alone.
+        teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
+            Bound, > 0, of the log-ratio to the teacher. `None`: no bound.
+        clamp_grad (`str`, *optional*, defaults to `"literal"`):
+            Gradient of a token whose log-ratio to the teacher is out of bounds: `"literal"` or `"straight_through"`.
+        teacher_temperature (`float`, *optional*):
+            Temperature, > 0, of the teacher's log-probabilities. `None`: `temperature`, as for the policy's own.
+        teacher_kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight, >= 0, of KL(policy || teacher). With `alpha=1` it is the baseline called KDRL in the paper.
+
+    Raises:
+        ValueError: for values outside the above, or `delta` or `importance_sampling_level` other than TRL's default.
+    """
+
+    unread_fields: ClassVar[dict[str, str]] = {
+        **TrustGRPOConfig.unread_fields,
+        "delta": "two-sided clipping has no meaning for a ratio to a mixture",
+        "importance_sampling_level": "RLAD's ratio is one per token",
+    }
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Frozen teacher, on the Hub or in a directory. It must share the token ids."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for loading the teacher, as JSON on the command line: dtype (default: that of "
+            "the checkpoint), quantization_config, attn_implementation, revision, ..."
+        },
+    )
+    alpha: float = field(
+        default=0.5, metadata={"help": "Weight of the old policy in the anchor; 1 is GRPO, 0 the teacher alone."}
+    )
+    teacher_log_ratio_clip: float | None = field(
+        default=1.0, metadata={"help": "Bound of the log-ratio to the teacher. None: no bound."}
+    )
+    clamp_grad: str = field(
+        default="literal",
+        metadata={
+            "help": "Gradient of a token whose log-ratio to the teacher is out of bounds: alpha of it, or all of it.",
+            "choices": ["literal", "straight_through"],
+        },
+    )
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the teacher's log-probabilities. Default: `temperature`."}
+    )
+    teacher_kl_coef: float = field(
+        default=0.0, metadata={"help": "Weight of KL(policy || teacher); with alpha=1 this is the KDRL baseline."}
+    )
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip width. None: `epsilon`."})
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "Aggregation over tokens.", "choices": ["grpo", "bnpo", "dr_grpo", "dapo"]},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.teacher_model_init_kwargs, str):
+            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        super().__post_init__()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything depends on the teacher."""
+        return self.alpha < 1 or self.teacher_kl_coef > 0
+
+    @property
+    def needs_stale_rollouts(self) -> bool:
+        # the ratio to the teacher is no constant, so with alpha < 1 clipping acts on a fresh rollout too
+        return self.alpha == 1 and super().needs_stale_rollouts
+
+    def validate(self) -> None:
+        super().validate()
+        positive = lambda x: is_number(x, low=0.0) and x > 0
+        self._require(is_number(self.alpha, low=0.0) and self.alpha <= 1, "alpha", "must be a number in [0, 1]")
+        for name in ("teacher_log_ratio_clip", "teacher_temperature"):
+            value = getattr(self, name)
+            self._require(value is None or positive(value), name, "must be a finite number > 0, or None")
+        self._require(
+            self.clamp_grad in ("literal", "straight_through"), "clamp_grad", "must be 'literal' or 'straight_through'"
+        )
+        self._require(is_number(self.teacher_kl_coef, low=0.0), "teacher_kl_coef", "must be a finite number >= 0")
+        self._require(is_number(self.epsilon, low=0.0) and self.epsilon < 1, "epsilon", "must be a number in [0, 1)")
+        high = self.epsilon_high
+        self._require(
+            high is None or is_number(high, low=0.0), "epsilon_high", "must be a finite number >= 0, or None"
+        )
+        self._require(is_number(self.beta, low=0.0), "beta", "must be a finite number >= 0")
+
+
+class RLADTrainer(TrustGRPOTrainer):
+    """
+    GRPO with RLAD's ratio to a mixture of old policy and teacher (arXiv 2602.22495). See [`rlad_loss`].
+
+    Takes the arguments of [`trl.GRPOTrainer`]; `args` is an [`RLADConfig`], or a `GRPOConfig` for the defaults. The
+    teacher scores the sampled tokens once a generation batch, without gradient, one micro-batch at a time and through
+    the fused head, so that its logits are never held. It is spread over processes as TRL spreads a reference model.
+    Beside the metrics of [`rlad_loss`] it logs `rlad/teacher_time`, seconds a generation batch.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher, instead of `args.teacher_model_name_or_path`. A model is frozen and put into evaluation mode.
+
+    Raises:
+        ValueError: without a teacher where one is needed, with two of them, with `teacher_model_init_kwargs` for a
+            model that is already loaded, or if the teacher's token ids are not the policy's.
+    """
+
+    config_class = RLADConfig
+    _name = "RLAD"
+    _tag_names = ["trl", "trl-trust", "rlad"]
+    _paper = paper("Reinforcement-aware Knowledge Distillation for LLM Reasoning", "2602.22495")
+
+    def __init__(self, *args, teacher_model: str | PreTrainedModel | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        if teacher_model is not None and config.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"teacher_model_name_or_path={config.teacher_model_name_or_path!r}: the trainer was given a "
+                f"`teacher_model` as well; keep one of the two."
+            )
+        teacher = config.teacher_model_name_or_path if teacher_model is None else teacher_model
+        self.teacher_model = None
+        if not config.needs_teacher:
+            if teacher is not None:
+                logger.warning(f"alpha={config.alpha}: {self._name} is GRPO, and the teacher is not loaded.")
+            return
+        if teacher is None:
+            raise ValueError(
+                f"alpha={config.alpha}, teacher_kl_coef={config.teacher_kl_coef}: {self._name} needs a teacher. Set "
+                f"`teacher_model_name_or_path`, or give the trainer a `teacher_model`."
+            )
+        if not isinstance(teacher, str) and config.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                f"teacher_model_init_kwargs={config.teacher_model_init_kwargs!r}: `teacher_model` is already loaded; "
+                f"give its name instead, or leave them out."
+            )
+        init_kwargs = {"dtype": "auto", **(config.teacher_model_init_kwargs or {})}
+        self.teacher_model = self.add_frozen_model(teacher, init_kwargs, temperature=config.teacher_temperature)
+        self._check_token_ids(init_kwargs.get("revision"))
+
+    def _check_token_ids(self, revision: str | None) -> None:
+        """Raise `ValueError` unless every token of the policy is the same one to the teacher."""
+        teacher = self.accelerator.unwrap_model(self.teacher_model).config
+        name, size = teacher.name_or_path, teacher.get_text_config().vocab_size
+        self._teacher_vocab_size = size
+        ours = text_tokenizer(self.processing_class).get_vocab()
+        reachable = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        highest = max(id_ for id_ in ours.values() if id_ < reachable)
+        if highest >= size:
+            raise ValueError(
+                f"teacher_model={name!r} knows {size} token ids, but the policy's tokens go up to {highest}; choose a "
+                f"teacher of the same family."
+            )
+        try:
+            trust = self.args.trust_remote_code
+            loaded = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+            theirs = text_tokenizer(loaded).get_vocab()
+        except (OSError, ValueError):  # a model built in memory has no name
+            theirs = {}
+        # without its files, transformers makes up a tokenizer of a token or two
+        if not ours.keys() & theirs.keys():
+            logger.warning(
+                f"teacher_model={name!r} has no tokenizer to compare token ids with; they are taken as equal."
+            )
+            return
+        different = different_ids(ours, theirs)
+        if different:
+            token, id_, other = different[0]
+            raise ValueError(
+                f"teacher_model={name!r} has another tokenizer than the policy ({len(different)} tokens differ): "
+                f"{token!r} is {id_} to the policy, and to the teacher {other}. Choose a teacher of the same family."
+            )
+
+    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        if self.teacher_model is None:
+            return {}
+        # An id that no tokenizer knows, from the padding of the policy's embedding, can be sampled all the same
+        highest = int(rollouts.tensors["completion_ids"].max())
+        if highest >= self._teacher_vocab_size:
+            raise ValueError(
+                f"token id {highest} was sampled, but the teacher knows {self._teacher_vocab_size}: suppress it with "
+                f"`generation_kwargs`, or choose a teacher whose embedding is as large as the policy's."
+            )
+        began = synchronized_time()
+        teacher_logps = self.score_rollouts(rollouts.tensors, self.teacher_model)  # (n, T)
+        self.log_value("rlad/teacher_time", synchronized_time() - began)
+        return {"teacher_logps": teacher_logps}
+
+    def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
+        return rlad_loss(batch, **self.settings(rlad_loss))
+
+
+def text_tokenizer(processing_class) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one inside a processor."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def different_ids(ours: dict[str, int], theirs: dict[str, int]) -> list[tuple[str, int, int | str]]:
+    """(token, our id, their id of it or their token of our id), for tokens that two vocabularies do not agree on.
+
+    A token that only we have is no conflict as long as its id means nothing to them: padding that was added.
+    """
+    tokens = {id_: token for token, id_ in theirs.items()}
+    conflicts = []
+    for token, id_ in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token, id_) != id_:
+            conflicts.append((token, id_, theirs[token]))
+        elif token not in theirs and id_ in tokens:
+            conflicts.append((token, id_, repr(tokens[id_])))
+    return conflicts
+
+
+def synchronized_time() -> float:
+    """Seconds; the device has done what it was told to before."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
