@@ -24,6 +24,7 @@ for _method in METHODS:
         _EXPORTS[_name] = _method.module
 
 if TYPE_CHECKING:
+    from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
     from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss

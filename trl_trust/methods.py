@@ -77,6 +77,17 @@ METHODS: tuple[Method, ...] = (
         summary="clip widths that grow with a response's advantage, and on demand with the variance of its group",
         loss="etr_loss",
     ),
+    Method(
+        name="rlad",
+        title="RLAD",
+        module="trl_trust.distill.rlad",
+        trainer="RLADTrainer",
+        config="RLADConfig",
+        paper="2602.22495",
+        grade="exact",
+        summary="the ratio is taken to a mixture of the old policy and a frozen teacher",
+        loss="rlad_loss",
+    ),
 )
 
 
