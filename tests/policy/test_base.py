@@ -174,9 +174,11 @@ def assert_same_step(stock, ours):
 def test_the_grid(both, loss_type, level, accumulation):
     stock, ours, extra = both
     arguments = (extra, loss_type, level, accumulation)
-    # adaptive entropy carries state from cell to cell, the same for both
     result = one_step(ours, *arguments)
     assert_same_step(one_step(stock, *arguments), result)
+    # adaptive entropy carries state from one step to the next
+    assert ours.entropy_coef == stock.entropy_coef
+    assert ours._last_world_entropy == pytest.approx(stock._last_world_entropy)
     assert any(g.abs().max() > 0 for g in result[1])
 
 
@@ -478,8 +480,9 @@ def test_masked_quantiles_do_not_see_the_masked(seed, q):
     live[0, 0] = True
     (got,) = _masked_quantiles(x, live, (q,))
     assert got == x[live].quantile(q, interpolation="nearest") or got in x[live]
-    (low,), (high,) = _masked_quantiles(x, live, (0.0,)), _masked_quantiles(x, live, (1.0,))
+    low, high = _masked_quantiles(x, live, (0.0, 1.0))
     assert low == x[live].min() and high == x[live].max()
+    assert all(value.isnan() for value in _masked_quantiles(x, torch.zeros_like(live), (0.01, 0.99)))
 
 
 def test_metrics_join_over_processes_by_weight_and_by_name():

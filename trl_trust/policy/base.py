@@ -717,10 +717,11 @@ def _telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> 
 
 
 def _masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
-    """Nearest-rank quantiles of `x` over `live`, without boolean indexing, which would wait for the device."""
+    """Nearest-rank quantiles of `x` over `live`, NaN without any. No boolean indexing: it would wait for the device."""
     ordered = x.masked_fill(~live, math.inf).flatten().sort().values
     last = (live.sum() - 1).clamp(min=0)
-    return [ordered[(last * q).round().long()] for q in qs]
+    quantiles = [ordered[(last * q).round().long()] for q in qs]
+    return [torch.where(live.any(), value, torch.nan) for value in quantiles]
 
 
 def _local_statistic(name: str, x: Tensor, mask: Tensor) -> Tensor:
