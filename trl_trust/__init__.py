@@ -26,6 +26,7 @@ for _method in METHODS:
 if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
+    from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
     from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss
     from .policy.etr import ETRConfig, ETRTrainer, etr_loss

@@ -88,6 +88,17 @@ METHODS: tuple[Method, ...] = (
         summary="the ratio is taken to a mixture of the old policy and a frozen teacher",
         loss="rlad_loss",
     ),
+    Method(
+        name="dhpo",
+        title="DHPO",
+        module="trl_trust.policy.dhpo",
+        trainer="DHPOTrainer",
+        config="DHPOConfig",
+        paper="2601.05607",
+        grade="structure confirmed",
+        summary="mixes GRPO's token ratio and GSPO's sequence ratio, each clipped in its own band, in one surrogate",
+        loss="dhpo_loss",
+    ),
 )
 
 
