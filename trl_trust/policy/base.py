@@ -12,9 +12,13 @@ private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails w
 
 import copy
 import inspect
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +26,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -30,6 +35,7 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    pad,
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
@@ -37,6 +43,8 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
 
 
 logger = get_logger(__name__)
+
+METHOD_STATE_FILE = "trl_trust_state.json"  # in a checkpoint's folder
 
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -398,6 +406,19 @@ class TrustGRPOTrainer(GRPOTrainer):
         """
         return {}
 
+    def begin_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Called in training before an optimizer step, with its micro-batches as far as they are generated.
+
+        They are all there when `steps_per_generation` is a multiple of `gradient_accumulation_steps`.
+        """
+
+    def method_state(self) -> dict[str, Any]:
+        """What the method carries from step to step, for JSON: written with each checkpoint unless it is empty."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take up what [`method_state`] returned when the checkpoint was written."""
+
     def settings(self, loss: Callable[..., PolicyLoss]) -> dict[str, Any]:
         """The keyword arguments of a pure loss, read from the config's fields of the same names."""
         parameters = inspect.signature(loss).parameters.values()
@@ -436,7 +457,16 @@ class TrustGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         # TRL 1.16 shuffles single rows here. Where a method compares responses to one prompt, whole groups are
         # shuffled instead; the rest of the schedule (`_step`, `_buffered_inputs`) is TRL's own.
-        if not (self.args.needs_whole_groups and self.model.training):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        inputs = self._next_micro_batch(generation_batch)
+        first, accumulation = self._step % self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if self._step % accumulation == 0:
+            self.begin_step(self._buffered_inputs[first : first + accumulation])
+        return inputs
+
+    def _next_micro_batch(self, generation_batch) -> dict[str, Any]:
+        if not self.args.needs_whole_groups:
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (steps * self.num_iterations) == 0:
@@ -545,6 +575,38 @@ class TrustGRPOTrainer(GRPOTrainer):
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
+    def prompt_tensors(self, prompts: list) -> tuple[Tensor, Tensor]:
+        """Ids and mask (n, P), padded on the left, of prompts (text or messages), tokenized as TRL does the data's."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = [torch.tensor(row) for row in self._tokenize_prompts(prompts)[0]]  # TRL 1.16: ids, images, their fields
+        pad_rows = partial(pad, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
+        padded = pad_rows(ids, padding_value=tokenizer.pad_token_id), pad_rows([torch.ones_like(row) for row in ids])
+        return tuple(x.to(self.accelerator.device) for x in padded)
+
+    @contextmanager
+    def update_of_its_own(self, model) -> Iterator[None]:
+        """Within it, any backward of `model`, as the trainer wrapped it, is reduced, and the optimizer steps.
+
+        For an update between two micro-batches of an optimizer step, where accelerate 1.15 and DDP hold both back. Not
+        for DeepSpeed and FSDP1, which keep that to themselves.
+        """
+        state, synced = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        is_ddp, is_fsdp2 = hasattr(model, "require_backward_grad_sync"), hasattr(model, "set_requires_gradient_sync")
+        reduced = model.require_backward_grad_sync if is_ddp else None
+        state._set_sync_gradients(True)
+        if is_ddp:
+            model.require_backward_grad_sync = True
+        if is_fsdp2:
+            model.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(synced)
+            if is_ddp:
+                model.require_backward_grad_sync = reduced
+            if is_fsdp2:
+                model.set_requires_gradient_sync(synced)
+
     def log_value(self, name: str, value: float) -> None:
         """Log a number that the host knows, such as seconds; for tensors there are [`PolicyLoss.metrics`]."""
         # TRL 1.16: `_metrics` maps a name to the values since the last log, of which the main process logs the mean
@@ -644,6 +706,21 @@ class TrustGRPOTrainer(GRPOTrainer):
             self.entropy_coef = max(self.entropy_coef - self.args.entropy_coef_delta, self.args.entropy_coef_min)
         self._last_world_entropy = entropy
         self._entropy_window_stats = None
+
+    # -- what a method carries from step to step ---------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        # transformers 5.23 and TRL 1.16, which keeps its entropy controller so; `trial` is of a hyperparameter search
+        super()._save_checkpoint(model, trial)
+        state = self.method_state()
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / METHOD_STATE_FILE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, METHOD_STATE_FILE)).exists():
+            self.load_method_state(json.loads(path.read_text()))
 
     # -- metrics: one gather a step, one host synchronisation a log --------------------------------------------------
 
