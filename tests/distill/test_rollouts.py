@@ -1,0 +1,305 @@
+"""Frozen rollouts: what is written, that it does not depend on interruptions or processes, and how it is prepared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from tiny import digits_reward, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from trl_trust.distill import rollouts
+from trl_trust.distill.rollouts import (
+    RolloutsConfig,
+    collate_rollouts,
+    completion_logps,
+    load_rollouts,
+    prepare_rollouts,
+    score_rollouts,
+    write_rollouts,
+)
+from trl_trust.quickstart.task import problems
+
+
+def config(folder, **overrides):
+    small = dict(num_prompts=5, num_generations=3, max_completion_length=8, prompts_per_part=2, use_cpu=True)
+    return RolloutsConfig(output_dir=str(folder), **{**small, **overrides})
+
+
+def write(model, folder, rewards=digits_reward, data=None, **overrides):
+    return write_rollouts(model, problems("train", 20) if data is None else data, rewards, config(folder, **overrides))
+
+
+def contents(folder):
+    return [pq.read_table(file).to_pydict() for file in sorted(Path(folder).glob("*.parquet"))]
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model_path, tmp_path_factory):
+    return write(tiny_model_path, tmp_path_factory.mktemp("rollouts"))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written(written, tiny_model_path):
+    data = load_rollouts(written)
+    model, tokenizer = (c.from_pretrained(tiny_model_path) for c in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(data) == 15 and data["group"] == [i for i in range(5) for _ in range(3)]
+    assert len(set(data["prompt"])) == 5 and set(data["prompt"]) <= set(problems("train", 20)["prompt"])
+    assert len({tuple(row) for row in data["completion_ids"]}) > 10
+    for row in data:
+        assert tokenizer(row["prompt"])["input_ids"] == row["prompt_ids"]
+        assert tokenizer.decode(row["completion_ids"], skip_special_tokens=True) == row["completion"]
+        assert row["reward"] == digits_reward([row["completion"]])[0]
+        ended = row["completion_ids"][-1] == tokenizer.eos_token_id
+        assert row["truncated"] == (not ended) and tokenizer.eos_token_id not in row["completion_ids"][:-1]
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+        np.testing.assert_allclose(row["base_logps"], logps.detach().numpy(), atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(written, tiny_model_path, tmp_path, monkeypatch):
+    calls = []
+
+    def failing_reward(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return digits_reward(completions)
+
+    failing_reward.__name__ = "digits_reward"
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny_model_path, tmp_path, failing_reward)
+    assert [file.name for file in tmp_path.glob("*.parquet")] == ["part-00000.parquet"]
+    with pytest.raises(ValueError, match="2 of 3 files"):
+        load_rollouts(tmp_path)
+    write(tiny_model_path, tmp_path, failing_reward)
+    assert calls == [6, 6, 6, 3]  # part 0 is not made again
+    assert contents(tmp_path) == contents(written)
+
+    loads = []
+    monkeypatch.setattr(rollouts, "load_policy", lambda *args: loads.append(args))
+    write(tiny_model_path, tmp_path, failing_reward)
+    assert loads == []  # a finished run does not even load the model
+
+
+def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
+    script = (
+        "import sys; from test_rollouts import write; from accelerate import PartialState; "
+        "assert PartialState(cpu=True).num_processes == 2; write(sys.argv[1], sys.argv[2])"
+    )
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    command += [str(tmp_path / "run.py"), tiny_model_path, str(tmp_path / "out")]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=240)
+    assert contents(tmp_path / "out") == contents(written)
+
+
+def test_the_seed_decides(written, tiny_model_path, tmp_path):
+    assert contents(write(tiny_model_path, tmp_path / "same")) == contents(written)
+    assert contents(write(tiny_model_path, tmp_path / "other", seed=1)) != contents(written)
+
+
+def test_other_settings_are_refused(written, tiny_model_path):
+    with pytest.raises(
+        ValueError, match=r"num_generations=4, but .*settings\.json was written with num_generations=3"
+    ):
+        write(tiny_model_path, written, num_generations=4)
+    with pytest.raises(ValueError, match="reward_funcs"):
+        write(tiny_model_path, written, lambda completions, **kwargs: [0.0] * len(completions))
+
+
+def test_conversations_columns_and_weighted_rewards(tiny_model_path, tmp_path):
+    seen = []
+
+    def by_answer(prompts, completions, answer, **kwargs):
+        seen.extend(zip(prompts, completions, answer, strict=True))
+        return [None if i % 3 == 0 else 1.0 for i in range(len(completions))]
+
+    def length(completions, **kwargs):
+        return [len(c[0]["content"]) for c in completions]
+
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    data = problems("train", 20).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    folder = write(tiny_model_path, tmp_path / "a", [by_answer, length], data, reward_weights=[2.0, 0.5])
+    rows = load_rollouts(folder)
+    assert {(p[0]["content"], a) for p, _, a in seen} <= {(r["prompt"][0]["content"], r["answer"]) for r in data}
+    assert all(c[0]["role"] == "assistant" for _, c, _ in seen)
+    part = pq.read_table(folder / "part-00000.parquet").to_pydict()
+    expected = [0.5 * len(text) + (0 if i % 3 == 0 else 2) for i, text in enumerate(part["completion"])]
+    np.testing.assert_allclose(part["reward"], expected)
+    assert (
+        rows[0]["prompt_ids"]
+        == AutoTokenizer.from_pretrained(tiny_model_path)(rows[0]["prompt"][0]["content"])["input_ids"]
+    )
+    assert np.isnan(load_rollouts(write(tiny_model_path, tmp_path / "b", never, data))["reward"]).all()
+
+
+def test_the_models_own_generation_settings_do_not_bias_the_samples(written, tiny_model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    odd = GenerationConfig(top_k=1, repetition_penalty=3.0, eos_token_id=1, pad_token_id=0)
+    model.generation_config = odd
+    state = torch.get_rng_state()
+    folder = write_rollouts(
+        model, problems("train", 20), digits_reward, config(tmp_path), AutoTokenizer.from_pretrained(tiny_model_path)
+    )
+    assert contents(folder) == contents(written)
+    assert model.generation_config is odd and torch.equal(torch.get_rng_state(), state)
+
+
+def test_temperature_is_that_of_the_log_probabilities(tiny_model_path, tmp_path):
+    row = load_rollouts(write(tiny_model_path, tmp_path, temperature=0.5))[0]
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+    logits = AutoModelForCausalLM.from_pretrained(tiny_model_path)(ids).logits[0, :-1] / 0.5
+    logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+    np.testing.assert_allclose(row["base_logps"], logps.detach().numpy(), atol=1e-5)
+
+
+def test_scores_of_another_policy(written, tiny_model_path, tmp_path):
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    folder = write(tiny_model_path, tmp_path / "rollouts")
+    score_rollouts(folder, "teacher", other, use_cpu=True)
+    data = load_rollouts(folder)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    expected = completion_logps(model, data.to_list())
+    for got, want in zip(data["teacher_logps"], expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    score_rollouts(folder, "teacher", other, use_cpu=True)  # nothing to do
+    with pytest.raises(ValueError, match=r"model=.*teacher\.json was written with model="):
+        score_rollouts(folder, "teacher", tiny_model_path, use_cpu=True)
+    save_tiny_model(tmp_path / "other", seed=2)
+    with pytest.raises(ValueError, match="written="):  # another model in the same folder
+        score_rollouts(folder, "teacher", other, use_cpu=True)
+    with pytest.raises(ValueError, match="name='old' must be"):
+        score_rollouts(folder, "old", other)
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_reading_leaves_the_model_as_it_was(tiny_model_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path).train()
+    rows = [{"prompt_ids": [3, 4], "completion_ids": [5, 6, 1]}, {"prompt_ids": [7], "completion_ids": [8]}]
+    one, two = completion_logps(model, rows, batch_size=1), completion_logps(model, rows, batch_size=2)
+    assert [len(x) for x in one] == [3, 1] and model.training and "forward" not in vars(model)
+    for x, y in zip(one, two, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_alignment_of_a_batch():
+    rows = [
+        {"prompt_ids": [3, 4], "completion_ids": [5, 1], "base_logps": [-1.0, -2.0], "advantage": 0.5, "reward": 1.0},
+        {
+            "prompt_ids": [7],
+            "completion_ids": [8, 9, 6, 1],
+            "base_logps": [-3.0] * 4,
+            "advantage": -0.5,
+            "reward": 0.0,
+        },
+    ]
+    batch = collate_rollouts(rows)
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 1, 0], [7, 8, 9, 6, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 5, 1, -100], [-100, 8, 9, 6, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+    assert batch["logps/base"].tolist() == [[0, -1, -2, 0], [-3] * 4]
+    assert ((batch["logps/base"] != 0) == (batch["labels"][:, 1:] != -100)).all()
+    assert batch["advantages"].tolist() == [[0.5], [-0.5]] and batch["rewards"].tolist() == [1.0, 0.0]
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------
+
+
+def table(**columns):
+    n = len(columns["reward"])
+    ids = {"prompt_ids": [[3]] * n, "completion_ids": [[4, 5]] * n, "base_logps": [[-1.0, -1.0]] * n}
+    return Dataset.from_dict({**ids, **columns})
+
+
+def test_advantages_are_those_of_a_group_and_equal_groups_are_dropped():
+    rewards = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, float("nan"), 0.0, 3.0, 1.0, float("nan"), float("nan")]
+    data = prepare_rollouts(table(reward=rewards, group=[7] * 3 + [2] * 3 + [0] * 3 + [4] * 3))
+    assert data["reward"] == [1.0, 0.0, 0.0, 0.0, 3.0]
+    std = np.std([1, 0, 0], ddof=1) + 1e-4
+    expected = [*((np.array([1, 0, 0]) - 1 / 3) / std), *((np.array([0, 3]) - 1.5) / (np.std([0, 3], ddof=1) + 1e-4))]
+    np.testing.assert_allclose(data["advantage"], expected)
+
+
+def test_an_empty_response_does_not_count():
+    data = table(reward=[1.0, 0.0, 9.0], group=[0] * 3, completion_ids=[[4], [4], []], base_logps=[[-1.0], [-1.0], []])
+    assert prepare_rollouts(data)["reward"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (dict(reward=[1.0, 1.0], group=[0, 0]), "no group of the rollouts has two different rewards"),
+        (dict(reward=[1.0, 0.0]), "no column group"),
+        (dict(reward=[1.0, 0.0], group=[0, 0], prompt_ids=[[3], []]), "empty `prompt_ids`"),
+        (dict(reward=[1.0, 0.0], group=[0, 0], teacher_logps=[[-1.0, 0.0], [-1.0]]), "differ in length"),
+        (dict(reward=[1.0, 0.0], group=[0, 0], teacher_logps=[[-1.0, -np.inf], [-1.0, 0.0]]), "not finite"),
+        (dict(reward=[1.0, 0.0], group=[0, 0], base_logps=[[-1.0, np.nan], [-1.0, 0.0]]), "`base_logps` has a value"),
+    ],
+)
+def test_bad_rollouts_raise(columns, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_rollouts(table(**columns))
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_prompts", 0, "whole number >= 1"),
+        ("num_generations", 1, "whole number >= 2"),
+        ("max_completion_length", 0.5, "whole number >= 1"),
+        ("prompts_per_part", 0, "whole number >= 1"),
+        ("logps_batch_size", 0, "whole number >= 1"),
+        ("temperature", 0.0, "finite number > 0"),
+        ("temperature", float("nan"), "finite number > 0"),
+        ("top_p", 0.0, r"in \(0, 1\]"),
+        ("top_k", -1, "whole number >= 0"),
+    ],
+)
+def test_bad_settings_raise(field, value, message):
+    with pytest.raises(ValueError, match=rf"{field}={value}.*{message}"):
+        config("unused", **{field: value})
+    with pytest.raises(ValueError, match="output_dir=None must name a folder"):
+        RolloutsConfig()
+
+
+def test_settings_that_do_not_fit_the_data_raise(tiny_model_path, tmp_path):
+    with pytest.raises(ValueError, match="num_prompts=21 is more than the 20 rows"):
+        write(tiny_model_path, tmp_path, num_prompts=21)
+    with pytest.raises(ValueError, match="reward_weights=.* one number for each of 1"):
+        write(tiny_model_path, tmp_path, reward_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="holds no rollouts"):
+        load_rollouts(tmp_path / "nothing")
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_command_line(written, tiny_model_path, tmp_path, capsys):
+    problems("train", 20).to_json(tmp_path / "data.jsonl")
+    recipe = {"model_name_or_path": tiny_model_path, "reward_funcs": ["tiny.digits_reward"], "num_prompts": 5}
+    recipe |= {"num_generations": 3, "max_completion_length": 8, "prompts_per_part": 2, "use_cpu": True}
+    recipe |= {"dataset_name": str(tmp_path / "data.jsonl"), "num_processes": 2}  # the last is the launcher's
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert rollouts.main(words) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(written)
+    with pytest.raises(ValueError, match="no reward: set `reward_funcs`"):
+        rollouts.main(["--model_name_or_path", tiny_model_path, "--output_dir", str(tmp_path / "x")])

@@ -1,0 +1,749 @@
+"""ERPD, extreme region policy distillation (arXiv 2605.25582): a reconstruction.
+
+No equation of the paper was available. Two stages, teachers that are over-trained on purpose and off-policy, and
+weak teachers that need a signal of their own are confirmed by the abstract; frozen rollouts and the set-up of the
+released models by the authors' model cards. Every formula and every default below is a reading of them, and the
+paper's numbers must not be expected from it. See docs/erpd.md.
+
+Stage 1 trains a teacher off-policy on one frozen set of rollouts of a policy `base`, with no clip, far beyond where
+its reward stops growing. Stage 2 goes back to `base` and follows only the teacher's token signal `s`, inside a trust
+region around `old`, the student as it was a few steps ago:
+
+    s     = log num(token) - log den(token)          teacher and old, teacher and base, or teacher and unlearned
+    h     = clip(s / scale, -c, c)
+    ratio = student / old
+    loss  = -min(ratio h, clip(ratio, 1 - eps_low, 1 + eps_high) h) + beta KL(student || base)
+
+All log-probabilities are of sampled tokens, so the vocabulary is never held. The data are frozen, so a teacher is read
+once, before training, and never in memory together with the student's gradients.
+"""
+
+import inspect
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+from ..policy.base import (
+    LOG_RATIO_LIMIT,
+    PolicyBatch,
+    PolicyLoss,
+    TrustGRPOTrainer,
+    _join_processes,
+    _telemetry,
+    clipped_surrogate,
+    is_number,
+    paper,
+    sequence_mean,
+)
+from .rollouts import collate_rollouts, completion_logps, prepare_rollouts
+
+
+# preset -> (num, den, weight); a signal is the weighted sum of log num - log den
+SIGNALS = {
+    "strong": (("teacher", "old", 1.0),),  # what on-policy distillation follows
+    "base_contrast": (("teacher", "base", 1.0),),  # the implicit reward of a token
+    "weak": (("teacher", "unlearned", 1.0),),  # the drift that teacher and twin share cancels
+}
+RECONSTRUCTION = (
+    "*A reconstruction of ERPD (arXiv 2605.25582): no equation of the paper was available. Formulas and settings are "
+    "a reading of its abstract and of its authors' model cards, and its numbers are not reproduced.*"
+)
+NO_SIGNAL = 1e-8  # a scale below it is rounding, not signal
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The losses: pure functions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def frozen_kl(logps: Tensor, other_logps: Tensor, base_logps: Tensor) -> Tensor:
+    """KL(policy || other) at each token, estimated on responses of `base`: `x log(x/y) - x + y`.
+
+    With `x = policy/base` and `y = other/base`, the expectation over tokens of `base` is the divergence of the two
+    next-token distributions, since x and y have mean 1; every entry is >= 0. The prefixes stay those of `base`.
+
+    Args:
+        logps, other_logps, base_logps: (B, T) log-probabilities of the sampled tokens.
+    """
+    x = torch.exp((logps - base_logps).clamp(max=LOG_RATIO_LIMIT))
+    y = torch.exp((other_logps - base_logps).clamp(max=LOG_RATIO_LIMIT))
+    return x * (logps - other_logps) - x + y
+
+
+def erpd_teacher_loss(
+    batch: PolicyBatch,
+    *,
+    teacher_loss: str = "mse",
+    teacher_beta: float = 0.1,
+    teacher_target: str = "advantage",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    teacher_kl_coef: float = 0.0,
+    unlearn: bool = False,
+) -> PolicyLoss:
+    """Stage 1: what turns `base` into the teacher (a reconstruction; SAPO's term is that of arXiv 2511.20347).
+
+    With `rho = teacher / base` at a token, S the sum of log rho over the response and b = `teacher_beta`:
+
+    - `sapo`: `-f(rho) A` a token, `f(rho) = 4/tau sigmoid(tau (rho - 1))`, tau by the sign of A;
+    - `ce`: `-R log sigmoid(bS) - (1 - R) log sigmoid(-bS)` a response;
+    - `mse`: `(bS - target)^2` a response.
+
+    Args:
+        batch: `logps` of the teacher; `old_logps` of `base`, stored with the rollouts; `advantages` (B, 1); `rewards`
+            (B,) in [0, 1] for `ce`.
+        teacher_loss: `"mse"`, `"sapo"` or `"ce"`.
+        teacher_beta: b, > 0.
+        teacher_target: target of `mse`: `"advantage"`, or its `"sign"`.
+        sapo_temperature_pos, sapo_temperature_neg: tau for A > 0 and otherwise, > 0.
+        teacher_kl_coef: coefficient of KL(teacher || base), >= 0.
+        unlearn: train the twin: A or the target with the other sign, R as 1 - R.
+
+    Returns:
+        (B, T) loss for `sapo`, else (B, 1), where the KL is averaged over each response. Metrics:
+        `erpd/teacher_reward_acc` (sign of S is that of A), `erpd/implicit_reward_pos`, `erpd/implicit_reward_neg` (bS
+        where A > 0, A < 0), `erpd/rho_max`, `erpd/kl_base` (see [`frozen_kl`]), `erpd/length`.
+    """
+    log_rho = batch.logps - batch.old_logps  # (B, T)
+    rho = torch.exp(log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    margin = (log_rho * batch.mask).sum(-1, keepdim=True)  # (B, 1), S
+    sign = -1.0 if unlearn else 1.0
+
+    if teacher_loss == "sapo":
+        advantages = sign * batch.advantages
+        tau = torch.full_like(advantages, sapo_temperature_neg).masked_fill(advantages > 0, sapo_temperature_pos)
+        loss = -4 / tau * torch.sigmoid(tau * (rho - 1)) * advantages  # (B, T)
+    elif teacher_loss == "ce":
+        rewards = batch.rewards.unsqueeze(1)  # (B, 1)
+        rewards = 1 - rewards if unlearn else rewards
+        z = teacher_beta * margin
+        loss = -rewards * torch.nn.functional.logsigmoid(z) - (1 - rewards) * torch.nn.functional.logsigmoid(-z)
+    else:
+        target = sign * (batch.advantages.sign() if teacher_target == "sign" else batch.advantages)
+        loss = (teacher_beta * margin - target).square()
+
+    kl = frozen_kl(batch.logps, batch.old_logps, batch.old_logps)
+    with torch.no_grad():
+        implicit = teacher_beta * margin
+        metrics = {
+            "erpd/teacher_reward_acc": ((margin > 0) == (batch.advantages > 0)).float(),
+            "erpd/implicit_reward_pos": implicit.masked_fill(batch.advantages <= 0, torch.nan),
+            "erpd/implicit_reward_neg": implicit.masked_fill(batch.advantages >= 0, torch.nan),
+            "erpd/rho_max": rho,
+            "erpd/kl_base": kl,
+            "erpd/length": batch.mask.sum(-1, keepdim=True),
+        }
+    if teacher_kl_coef != 0.0:
+        loss = loss + teacher_kl_coef * (kl if loss.shape == kl.shape else sequence_mean(kl, batch.mask))
+    return PolicyLoss(loss, metrics)
+
+
+def erpd_signal(
+    logps: Mapping[str, Tensor], signal: str | Sequence[tuple[str, str, float]], *, signal_bound: float | None = None
+) -> Tensor:
+    """The token signal `s = sum_k w_k (log num_k - log den_k)`, (B, T), detached (a reconstruction).
+
+    Args:
+        logps: name of a policy to its log-probabilities of the sampled tokens, (B, T).
+        signal: a key of [`SIGNALS`], or a list of (num, den, weight).
+        signal_bound: a in (0, 1): each log-ratio r becomes `log(a exp(r) + 1 - a)`, the contrast of a mixture of num
+            and den, which log(1 - a) bounds from below (TOP-D, arXiv 2607.04751).
+    """
+    total = 0.0
+    for num, den, weight in signal_terms(signal):
+        log_ratio = logps[num].detach() - logps[den].detach()
+        if signal_bound is not None:
+            log_ratio = torch.logaddexp(
+                log_ratio + math.log(signal_bound), torch.full_like(log_ratio, math.log1p(-signal_bound))
+            )
+        total = total + weight * log_ratio
+    return total
+
+
+def signal_terms(signal: str | Sequence[tuple[str, str, float]]) -> Sequence[tuple[str, str, float]]:
+    """The (num, den, weight) of a preset, or of a list as it is."""
+    return SIGNALS[signal] if isinstance(signal, str) else signal
+
+
+def signal_statistics(signal: Tensor, mask: Tensor) -> Tensor:
+    """(3,) in float64: number of live tokens, sum and sum of squares of the signal. They add up over batches."""
+    live = mask.double()
+    return torch.stack([live.sum(), (signal.double() * live).sum(), (signal.double().square() * live).sum()])
+
+
+def signal_scale_of(statistics: Tensor, kind: str) -> Tensor:
+    """0-d: what a signal is divided by, from the [`signal_statistics`] of the whole batch.
+
+    `"std"` is the (biased) standard deviation, `"rms"` the root mean square, `"none"` 1. No mean is subtracted from
+    the signal itself: a token on which num and den agree must stay at 0.
+    """
+    count, total, squares = statistics / statistics[0].clamp(min=1.0)
+    if kind == "none":
+        return torch.ones_like(count)
+    return (squares - (total.square() if kind == "std" else 0.0)).clamp(min=0.0).sqrt()
+
+
+def erpd_student_loss(
+    batch: PolicyBatch,
+    signal: Tensor,
+    scale: Tensor | float = 1.0,
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.28,
+    beta: float = 0.0,
+    signal_clip: float | None = 5.0,
+    outcome_gate: bool = False,
+    staleness_clip: float | None = None,
+) -> PolicyLoss:
+    """Stage 2: PPO's clipped term with the token signal in the place of the advantage (a reconstruction).
+
+        h    = clip(signal / scale, -signal_clip, signal_clip)
+        loss = -min(ratio h, clip(ratio, 1 - epsilon, 1 + epsilon_high) h) + beta KL(student || base)
+
+    Args:
+        batch: `logps` of the student, `old_logps` at the anchor, `ref_logps` of `base`, `advantages` (B, 1).
+        signal: (B, T), see [`erpd_signal`].
+        scale: 0-d, see [`signal_scale_of`]; below 1e-8 the signal counts as 0.
+        epsilon, epsilon_high: widths of the trust region below and above 1.
+        beta: coefficient of the KL, see [`frozen_kl`].
+        signal_clip: bound of |h|; `None` for none.
+        outcome_gate: keep a signal only where it has the sign of the advantage.
+        staleness_clip: weight h by `min(old / base, staleness_clip)`; `None` for no weight.
+
+    Returns:
+        (B, T) loss. Metrics: `erpd/signal_mean`, `erpd/signal_clipped`, `erpd/signal_adv_agreement` (of the tokens
+        with a signal and an advantage), `erpd/kl_base`, `clip_ratio/{low,high,region}_mean`.
+    """
+    scale = torch.as_tensor(scale, dtype=signal.dtype, device=signal.device)
+    silent = scale < NO_SIGNAL
+    scaled = torch.where(silent, 0.0, signal / torch.where(silent, 1.0, scale))  # (B, T)
+    h = scaled if signal_clip is None else scaled.clamp(-signal_clip, signal_clip)
+    agrees = signal.sign() == batch.advantages.sign()
+    if outcome_gate:
+        h = h * agrees
+    if staleness_clip is not None:
+        h = h * torch.exp(batch.old_logps - batch.ref_logps).clamp(max=staleness_clip)
+
+    ratio = torch.exp((batch.logps - batch.old_logps).clamp(max=LOG_RATIO_LIMIT))
+    loss = clipped_surrogate(ratio, h, epsilon, epsilon_high)
+    kl = frozen_kl(batch.logps, batch.ref_logps, batch.ref_logps)
+    low = ((ratio < 1 - epsilon) & (h < 0)).float()
+    high = ((ratio > 1 + epsilon_high) & (h > 0)).float()
+    opinionated = (signal != 0) & (batch.advantages != 0)
+    metrics = {
+        "erpd/signal_mean": signal,
+        "erpd/signal_clipped": (scaled.abs() > (math.inf if signal_clip is None else signal_clip)).float(),
+        "erpd/signal_adv_agreement": agrees.float().masked_fill(~opinionated, torch.nan),
+        "erpd/kl_base": kl,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+    }
+    return PolicyLoss(loss + beta * kl if beta != 0.0 else loss, metrics)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Config
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ERPDConfig(GKDConfig):
+    r"""
+    Configuration of [`ERPDTeacherTrainer`] and [`ERPDTrainer`]. A reconstruction: no default below comes from the
+    paper; `teacher_loss` and `signal` are what its released models are said to use.
+
+    Every field of [`trl.experimental.gkd.GKDConfig`] is known. `temperature` is that of the rollouts and 1.0 by
+    default; `beta` is the coefficient of the KL to base, any number >= 0. What needs live samples or whole
+    distributions (`lmbda`, `seq_kd`, `max_new_tokens`) and what would change the frozen tokens is refused.
+
+    Raises:
+        ValueError: at construction, naming field, value and mend.
+    """
+
+    # field -> (the value it has to have, why)
+    unread_fields: ClassVar[dict[str, tuple[Any, str]]] = {
+        "lmbda": (0.0, "the rollouts are frozen; the student does not generate"),
+        "seq_kd": (False, "the rollouts are frozen; the teacher does not generate"),
+        "max_new_tokens": (128, "lengths are those of the rollouts"),
+        "max_length": (1024, "rollouts are never truncated"),
+        "packing": (False, "a response is scored as it was sampled"),
+        "padding_free": (False, "a response is scored as it was sampled"),
+        "completion_only_loss": (None, "only completions are ever scored"),
+        "assistant_only_loss": (False, "only completions are ever scored"),
+        "loss_type": ("nll", "the loss is `teacher_loss` in stage 1 and fixed in stage 2"),
+        "label_smoothing_factor": (0.0, "there are no labels to smooth"),
+        "disable_dropout": (True, "a ratio to stored log-probabilities means nothing under dropout"),
+    }
+
+    lmbda: float = field(default=0.0, metadata={"help": "Not read: the rollouts are frozen. Leave it at 0."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the rollouts were sampled."})
+    beta: float = field(default=0.0, metadata={"help": "Stage 2: coefficient of KL(student || base), >= 0."})
+    stage: str | None = field(default=None, metadata={"help": "Required: which stage is trained, teacher or student."})
+    teacher_loss: str = field(
+        default="mse", metadata={"help": "Stage 1: mse or ce on the response's log-ratio, or sapo on each token."}
+    )
+    teacher_beta: float = field(
+        default=0.1, metadata={"help": "Stage 1, mse and ce: what the response's log-ratio is multiplied by."}
+    )
+    teacher_target: str = field(
+        default="advantage", metadata={"help": "Stage 1, mse: target of a response, its advantage or only its sign."}
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "Stage 1, sapo: tau where the advantage is > 0."}
+    )
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Stage 1, sapo: tau elsewhere."})
+    teacher_kl_coef: float = field(
+        default=0.0, metadata={"help": "Stage 1: coefficient of KL(teacher || base), >= 0."}
+    )
+    unlearn: bool = field(
+        default=False, metadata={"help": "Stage 1: train the unlearned twin, towards the opposite of the rewards."}
+    )
+    signal: list | str | None = field(
+        default="weak",
+        metadata={"help": "Stage 2: strong, base_contrast, weak, or a list of [num, den, weight] of named policies."},
+    )
+    signal_scale: str = field(
+        default="std",
+        metadata={"help": "Stage 2: what a signal is divided by: its std or rms over the batch, or none."},
+    )
+    signal_clip: float | None = field(
+        default=5.0, metadata={"help": "Stage 2: bound of the scaled signal; null: none."}
+    )
+    signal_bound: float | None = field(
+        default=None, metadata={"help": "Stage 2: a in (0, 1) of the bounded signal log(a e^s + 1 - a); unset: s."}
+    )
+    outcome_gate: bool = field(
+        default=False, metadata={"help": "Stage 2: keep a signal only where it has the sign of the advantage."}
+    )
+    staleness_clip: float | None = field(
+        default=None, metadata={"help": "Stage 2: weight a token by old/base, at most this; unset: no weight."}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Stage 2: width of the trust region below 1, in [0, 1)."})
+    epsilon_high: float = field(default=0.28, metadata={"help": "Stage 2: width of the trust region above 1, >= 0."})
+    steps_per_anchor: int = field(
+        default=4,
+        metadata={
+            "help": "Stage 2: optimizer steps of one batch iteration, over which `old` stays. With 1 the ratio is "
+            "always 1 and the trust region does nothing."
+        },
+    )
+
+    def __post_init__(self):
+        # Past GKDConfig's own check, which confines `beta` to [0, 1]: there it interpolates between two divergences.
+        super(GKDConfig, self).__post_init__()
+        for name, (value, why) in self.unread_fields.items():
+            self._require(getattr(self, name) == value, name, f"is not read: {why}. Leave it at {value!r}")
+        self._choose("stage", "teacher", "student")
+        self._choose("teacher_loss", "mse", "sapo", "ce")
+        self._choose("teacher_target", "advantage", "sign")
+        self._choose("signal_scale", "std", "rms", "none")
+        for name in ("teacher_beta", "sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
+            self._require(
+                is_number(getattr(self, name), low=0) and getattr(self, name) > 0, name, "must be a finite number > 0"
+            )
+        for name in ("teacher_kl_coef", "beta"):
+            self._require(is_number(getattr(self, name), low=0), name, "must be a finite number >= 0")
+        for name in ("signal_clip", "staleness_clip"):
+            x = getattr(self, name)
+            self._require(x is None or (is_number(x, low=0) and x > 0), name, "must be a finite number > 0, or None")
+        a = self.signal_bound
+        self._require(a is None or (is_number(a, low=0) and 0 < a < 1), "signal_bound", "must be in (0, 1), or None")
+        self._require(is_number(self.epsilon, low=0) and self.epsilon < 1, "epsilon", "must be in [0, 1)")
+        self._require(is_number(self.epsilon_high, low=0, finite=False), "epsilon_high", "must be a number >= 0")
+        steps = self.steps_per_anchor
+        self._require(isinstance(steps, int) and steps >= 1, "steps_per_anchor", "must be a whole number >= 1")
+        if self.teacher_loss == "sapo":
+            self._require(
+                self.teacher_beta == 0.1, "teacher_beta", "is not read by teacher_loss='sapo'; leave it at 0.1"
+            )
+        self.signal = self._read_signal(self.signal)
+
+    def _require(self, ok: bool, name: str, mend: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r} {mend}.")
+
+    def _choose(self, name: str, *allowed: str) -> None:
+        self._require(getattr(self, name) in allowed, name, f"must be one of {', '.join(allowed)}")
+
+    def _read_signal(self, signal):
+        if isinstance(signal, str) and signal.lstrip().startswith("["):  # from a command line
+            try:
+                signal = json.loads(signal)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"signal={signal!r} is not a list in JSON: {error}.") from error
+        if isinstance(signal, str):
+            self._choose("signal", *SIGNALS)
+            return signal
+        terms = [tuple(term) if isinstance(term, (list, tuple)) else term for term in signal or ()]
+        ok = all(
+            isinstance(term, tuple)
+            and len(term) == 3
+            and all(isinstance(name, str) and name.isidentifier() for name in term[:2])
+            and term[0] != term[1]
+            and is_number(term[2])
+            for term in terms
+        )
+        if not (terms and ok):
+            raise ValueError(
+                f"signal={signal!r} must be one of {', '.join(SIGNALS)}, or a list of (num, den, weight): two "
+                f"different policies, such as teacher, unlearned, old, base, and a finite number."
+            )
+        return terms
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the frozen policies whose log-probabilities the stage reads."""
+        names = {"base"}
+        if self.stage == "student":
+            names |= {name for num, den, _ in signal_terms(self.signal) for name in (num, den)}
+        return sorted(names - {"old"})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trainers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FrozenRolloutsTrainer(GKDTrainer):
+    """
+    What the two stages of ERPD share: [`~trl.experimental.gkd.GKDTrainer`] on rollouts that do not change.
+
+    GKD keeps a teacher on the device and reads whole distributions of both models at each step. Here everything but
+    the policy in training is a constant of the data: its log-probabilities of the sampled tokens are columns, read
+    once. So of GKDTrainer the arguments, the config and what it inherits from `SFTTrainer` remain; its teacher is let
+    go after the reading, and its sampling never happens.
+
+    Logged besides: the `trust/` metrics of every method of this package, with the ratio to base in stage 1 and to the
+    anchor in stage 2, and `entropy`.
+    """
+
+    stage: ClassVar[str]
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by what the whole step holds, over all processes
+
+    _tag_names = ["trl", "trl-trust", "erpd"]
+    _name = "ERPD (a reconstruction)"
+    _paper = paper("Extreme Region Policy Distillation", "2605.25582")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: ERPDConfig | None = None,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        policies: Mapping[str, str | PreTrainedModel] | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = ERPDConfig(f"{model_id.split('/')[-1]}-ERPD", stage=self.stage)
+        if args.stage != self.stage:
+            raise ValueError(f"stage={args.stage!r}: {type(self).__name__} trains the {self.stage}.")
+        policies = dict(policies or {})
+        if teacher_model is not None:
+            policies["teacher"] = teacher_model
+        train_dataset = self._check(prepare_rollouts(train_dataset), args, policies)
+        if eval_dataset is not None:
+            eval_dataset = self._check(prepare_rollouts(eval_dataset), args, policies)
+        args.remove_unused_columns = False  # the collator reads them all
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+        self._window = []  # micro-batches fetched and anchored, not yet trained on
+        self._trust_window = []  # (names, (K, 2) statistics) of the micro-batches since the last optimizer step
+        self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
+        # Past GKDTrainer's own constructor: it would put a teacher beside the policy for good, and needs one
+        super(GKDTrainer, self).__init__(
+            model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or collate_rollouts,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        disable_dropout_in_model(self.model)
+        inner = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_fused_lm_head(inner, temperature=args.temperature, outputs=("log_probs", "entropy"))
+        self.add_callback(SaveAtAnchors(self))
+
+        # `base` is the policy before its first update: with a new adapter, the model without it
+        for name in args.policies:
+            self._add_column(name, self.model if name == "base" else policies.get(name))
+
+    @staticmethod
+    def _check(dataset: Dataset, args: ERPDConfig, policies: Mapping[str, Any]) -> Dataset:
+        for name in args.policies:
+            if name != "base" and name not in policies and f"{name}_logps" not in dataset.column_names:
+                given = "`teacher_model`" if name == "teacher" else f"`policies={{{name!r}: ...}}`"
+                raise ValueError(
+                    f"signal={args.signal!r} reads the policy {name!r}, but the rollouts have no column {name}_logps: "
+                    f"add it with `score_rollouts`, pass {given}, or choose another signal."
+                )
+        if args.stage == "teacher" and args.teacher_loss == "ce":
+            low, high = min(dataset["reward"]), max(dataset["reward"])
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"teacher_loss='ce' takes rewards in [0, 1], but they lie in [{low}, {high}]; use 'mse'."
+                )
+        return dataset
+
+    def _add_column(self, name: str, policy: str | PreTrainedModel | None) -> None:
+        """Read `NAME_logps` of both data sets under `policy`, where they lack it; this process an n-th of the rows."""
+        column = f"{name}_logps"
+        lacking = [
+            split
+            for split, data in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset))
+            if data is not None and column not in data.column_names
+        ]
+        if not lacking:
+            return
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            raise ValueError(
+                f"the rollouts have no column {column}, and under ZeRO-3 or FSDP no process has a whole model to read "
+                f"it with: write it before, with `trl-trust rollouts` or `score_rollouts`."
+            )
+        if isinstance(policy, str):
+            policy = create_model_from_path(
+                policy, **{"device_map": None, **(self.args.teacher_model_init_kwargs or {})}
+            )
+        sizes = [model.config.get_text_config().vocab_size for model in (policy, self.model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the policy {name!r} has a vocabulary of {sizes[0]} tokens, the trained one of {sizes[1]}."
+            )
+        device, rank, n = policy.device, self.accelerator.process_index, self.accelerator.num_processes
+        policy.to(self.accelerator.device)
+        for split in lacking:
+            data = getattr(self, split)
+            rows = data.select(range(rank, len(data), n)).select_columns(["prompt_ids", "completion_ids"]).to_list()
+            batch_size = self.args.per_device_eval_batch_size
+            logps = completion_logps(policy, rows, temperature=self.args.temperature, batch_size=batch_size)
+            by_process = gather_object(list(zip(range(rank, len(data), n), logps, strict=True)))
+            setattr(self, split, data.add_column(column, [x for _, x in sorted(by_process, key=lambda pair: pair[0])]))
+        policy.to(device)
+
+    # -- what a stage is ---------------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_anchor(self) -> int:
+        """Optimizer steps whose micro-batches are fetched, and anchored, together."""
+        return 1
+
+    def anchor(self, batches: list[dict[str, Tensor]]) -> None:
+        """Prepare the micro-batches of a batch iteration, before its first update."""
+
+    def statistics(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(K,) numbers in float64 that are summed over micro-batches and processes; their sum is `inputs["step"]`."""
+        mask = inputs["labels"][:, 1:] != -100
+        return torch.stack([mask.sum(), mask.new_ones(len(mask)).sum()]).double()  # tokens, responses
+
+    def policy_loss(self, batch: PolicyBatch, inputs: dict[str, Tensor]) -> PolicyLoss:
+        raise NotImplementedError
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if not self._window:
+            self._window = list(islice(epoch_iterator, num_batches * self.steps_per_anchor))
+            self.anchor(self._window)
+        batches, self._window = self._window[:num_batches], self._window[num_batches:]
+        return batches, self._share_statistics(batches)[0] if batches else None
+
+    def _share_statistics(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        step = self.accelerator.reduce(torch.stack([self.statistics(inputs) for inputs in batches]).sum(0), "sum")
+        for inputs in batches:
+            inputs["step"] = step
+        return step
+
+    def training_step(self, *args, **kwargs):
+        # Past GKDTrainer's own, which draws a random number to decide whether to sample
+        return super(GKDTrainer, self).training_step(*args, **kwargs)
+
+    def forward(self, model, inputs: dict[str, Tensor]):
+        """The fused head's output: `log_probs` and `entropy`, (B, T), 0 outside the completion, and `aux_loss`."""
+        names = ("input_ids", "attention_mask", "labels")
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        with self.accelerator.autocast():
+            return model(**{name: inputs[name] for name in names}, **router, fused_lm_head=True, use_cache=False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
+        if "step" not in inputs:  # evaluation: a batch is a step of its own
+            with torch.no_grad():
+                self.anchor([inputs])
+                self._share_statistics([inputs])
+        outputs = self.forward(model, inputs)
+        logps = outputs.log_probs.float()
+        if not torch.is_grad_enabled():
+            logps = logps.detach().requires_grad_()  # a leaf, so that telemetry sees the policy gradient in eval too
+        batch = PolicyBatch(
+            logps=logps,
+            old_logps=inputs.get("old_logps", inputs["logps/base"]),
+            mask=(inputs["labels"][:, 1:] != -100).float(),
+            advantages=inputs["advantages"],
+            ref_logps=inputs["logps/base"],
+            rewards=inputs["rewards"],
+        )
+        with torch.enable_grad():
+            policy = self.policy_loss(batch, inputs)
+        metrics = {**policy.metrics, **_telemetry(batch, policy, batch.old_logps), "entropy": outputs.entropy}
+        self._record(metrics, batch.mask)
+
+        tokens, responses = inputs["step"][:2].float().clamp(min=1.0)
+        if policy.per_token_loss.shape == batch.mask.shape:
+            loss = (policy.per_token_loss * batch.mask).sum() / tokens
+        else:
+            loss = policy.per_token_loss.sum() / responses
+        loss = loss * self.accelerator.num_processes  # over which DDP averages
+        if self.aux_loss_enabled:
+            accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulation
+        return loss
+
+    def settings(self, loss) -> dict[str, Any]:
+        """The keyword arguments of a pure loss, read from the config's fields of the same names."""
+        parameters = inspect.signature(loss).parameters.values()
+        return {p.name: getattr(self.args, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    # -- metrics and model card --------------------------------------------------------------------------------------
+
+    _record = TrustGRPOTrainer._record  # one gather a step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        gathered, self._trust_gathered[mode] = self._trust_gathered[mode], []
+        values = defaultdict(list)
+        if gathered:
+            names = [name for names, _ in gathered for name in names]
+            stats = torch.cat([stats for _, stats in gathered], dim=1).tolist()  # [processes][K] of (value, weight)
+            for name, *by_process in zip(names, *stats, strict=True):
+                values[name].append(_join_processes(name, by_process))
+        prefix = "" if mode == "train" else "eval_"
+        for name, numbers in values.items():
+            numbers = [x for x in numbers if not math.isnan(x)]
+            if numbers:
+                logs[f"{prefix}{name}"] = sum(numbers) / len(numbers)
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero():
+            text = card.read_text("utf-8")
+            card.write_text(text.replace("\n# ", f"\n{RECONSTRUCTION}\n\n# ", 1), "utf-8")
+
+
+class SaveAtAnchors(TrainerCallback):
+    """Puts a checkpoint off to the end of the batch iteration: a run resumed there repeats the uninterrupted one."""
+
+    def __init__(self, trainer: FrozenRolloutsTrainer):
+        self.trainer, self.due = trainer, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._window = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.due |= control.should_save
+        control.should_save = self.due and (not self.trainer._window or control.should_training_stop)
+        self.due &= not control.should_save
+
+
+class ERPDTeacherTrainer(FrozenRolloutsTrainer):
+    """
+    Stage 1 of ERPD, a reconstruction (see [`erpd_teacher_loss`]): over-train a policy on its own frozen rollouts.
+
+    The teacher is meant to degenerate. With `unlearn=True` it trains the twin that the signal `weak` compares it with.
+
+    Args:
+        model: `base`, as an id or a model.
+        args: [`ERPDConfig`] with `stage="teacher"`.
+        train_dataset, eval_dataset: rollouts, see [`~trl_trust.distill.rollouts.load_rollouts`]. Log-probabilities of
+            `base` that are not stored with them are read at construction.
+        kwargs: as for [`trl.experimental.gkd.GKDTrainer`]: `processing_class`, `peft_config`, `callbacks`, ...
+
+    Raises:
+        ValueError: for rollouts without a difference in rewards, or rewards outside [0, 1] with `teacher_loss="ce"`.
+    """
+
+    stage = "teacher"
+    _name = "ERPD, stage 1 (a reconstruction)"
+
+    def __init__(self, model, args=None, **kwargs):
+        super().__init__(model, None, args, **kwargs)
+
+    def policy_loss(self, batch, inputs):
+        return erpd_teacher_loss(batch, **self.settings(erpd_teacher_loss))
+
+
+class ERPDTrainer(FrozenRolloutsTrainer):
+    """
+    Stage 2 of ERPD, a reconstruction (see [`erpd_student_loss`]): distil a teacher's token signal into `base`.
+
+    Args:
+        model: `base`, as an id or a model; the student starts from it.
+        teacher_model: what stage 1 made, unless the rollouts have a column `teacher_logps`.
+        args: [`ERPDConfig`] with `stage="student"`.
+        train_dataset, eval_dataset: the rollouts of stage 1.
+        policies: name to model, for the other names in `signal`, such as `unlearned`, that are no column either.
+        kwargs: as for [`trl.experimental.gkd.GKDTrainer`]: `processing_class`, `peft_config`, `callbacks`, ...
+
+    A model given here is read once, at construction, and may be deleted then.
+
+    Raises:
+        ValueError: for a policy in `signal` of which neither a column nor a model is there.
+    """
+
+    stage = "student"
+    _name = "ERPD, stage 2 (a reconstruction)"
+
+    @property
+    def steps_per_anchor(self) -> int:
+        return self.args.steps_per_anchor
+
+    @torch.no_grad()
+    def anchor(self, batches):
+        for inputs in batches:
+            inputs["old_logps"] = self.forward(self.model, inputs).log_probs.float()
+            logps = {name.removeprefix("logps/"): x for name, x in inputs.items() if name.startswith("logps/")}
+            logps["old"] = inputs["old_logps"]
+            inputs["signal"] = erpd_signal(logps, self.args.signal, signal_bound=self.args.signal_bound)
+        # One wait for the device a batch iteration; the stored log-probabilities were checked when they were read
+        if batches and not torch.stack([inputs["signal"].isfinite().all() for inputs in batches]).all():
+            raise ValueError("the student gives a completion token a log-probability that is not finite")
+
+    def statistics(self, inputs):
+        mask = inputs["labels"][:, 1:] != -100
+        return torch.cat([super().statistics(inputs), signal_statistics(inputs["signal"], mask)[1:]])
+
+    def policy_loss(self, batch, inputs):
+        tokens, _, *sums = inputs["step"]  # of the signal and its square
+        statistics = torch.stack([tokens, *sums])
+        scale = signal_scale_of(statistics, self.args.signal_scale).float()
+        policy = erpd_student_loss(batch, inputs["signal"], scale, **self.settings(erpd_student_loss))
+        metrics = {**policy.metrics, "erpd/signal_std": signal_scale_of(statistics, "std")}
+        if "logps/teacher" in inputs:
+            metrics["erpd/kl_teacher"] = frozen_kl(batch.logps.detach(), inputs["logps/teacher"], batch.ref_logps)
+        return replace(policy, metrics=metrics)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`trl-trust erpd --config recipe.yaml`: the rounds from end to end, see [`trl_trust.distill.rounds`]."""
+    from .rounds import main
+
+    return main(argv)

@@ -1,0 +1,234 @@
+"""`trl-trust erpd --config recipe.yaml`: rounds of ERPD (arXiv 2605.25582, a reconstruction) from end to end.
+
+    output_dir/round-1/rollouts    of the model, and the log-probabilities of teacher and twin for them
+    output_dir/round-1/teacher     stage 1
+    output_dir/round-1/unlearned   stage 1 towards the opposite, if the signal reads it
+    output_dir/round-1/student     stage 2; round 2 starts from it, with fresh rollouts of other prompts
+
+Run again, it passes over what is finished, goes on from the last checkpoint or part of what is not, and refuses
+settings other than those a stage was begun with. Every stage leaves a whole model; adapters are merged.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import is_peft_model, release_memory
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
+
+from ..cli import launcher_options
+from ..script import RecipeParser, TrustScriptArguments
+from .erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
+from .rollouts import (
+    RolloutsConfig,
+    check_sources,
+    claim,
+    load_rollouts,
+    model_init_kwargs,
+    rollouts_from_arguments,
+    score_rollouts,
+)
+
+
+# Inherited settings that decide what a stage makes; with ERPDConfig's own, a stage is refused if they have changed.
+DECISIVE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+@dataclass
+class ERPDScriptArguments(TrustScriptArguments):
+    """
+    Arguments of `trl-trust erpd`, beside those of data and reward, [`ERPDConfig`] and the model.
+
+    Parameters:
+        rounds (`int`, *optional*, defaults to `1`):
+            Rounds; each begins at the student of the last.
+        rollouts (`dict`, *optional*):
+            Fields of [`~trl_trust.distill.rollouts.RolloutsConfig`].
+        teacher, student (`dict`, *optional*):
+            Fields of [`ERPDConfig`] for one stage only, such as `num_train_epochs`.
+        policies (`dict`, *optional*):
+            Name to model, for further policies that `signal` reads.
+    """
+
+    rounds: int = field(default=1, metadata={"help": "Rounds; each begins at the student of the last."})
+    rollouts: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the rollouts: num_prompts, num_generations, ..., as a mapping."}
+    )
+    teacher: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the config for stage 1 only, as a mapping."}
+    )
+    student: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the config for stage 2 only, as a mapping."}
+    )
+    policies: dict | str | None = field(
+        default=None, metadata={"help": "Name to model, for further policies that `signal` reads, as a mapping."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds!r} must be at least 1.")
+        for name in ("rollouts", "teacher", "student", "policies"):
+            value = getattr(self, name)
+            try:
+                value = json.loads(value) if isinstance(value, str) else value or {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}={value!r} is no mapping: {error}.") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
+            setattr(self, name, value)
+
+
+def make_parser(prog: str = "trl-trust erpd") -> RecipeParser:
+    """The parser of `trl-trust erpd`."""
+    return RecipeParser((ERPDScriptArguments, ERPDConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the rounds that the words of a command line, or the recipe they name, describe. Returns 0."""
+    return prepare(argv)()
+
+
+def prepare(argv: Sequence[str]) -> Callable[[], int]:
+    """Check everything, so that a slip in stage 2 is not found after stage 1, and return what runs the rounds.
+
+    Raises:
+        ValueError: for bad settings; what is returned raises it for a stage that was begun with other ones.
+    """
+    words = list(argv)
+
+    def parse(stage: str, **settings) -> tuple:
+        return make_parser().parse([*words, "--stage", stage, *_as_words(settings)], launcher_options())
+
+    script_args, args, model_args, dataset_args = parse("student")
+    seed, temperature, output = args.seed, args.temperature, Path(args.output_dir)
+
+    def config_of(stage: str, folder: Path, **settings) -> ERPDConfig:
+        own = script_args.teacher if stage == "teacher" else script_args.student
+        return parse(stage, **{**own, **settings, "output_dir": str(folder)})[1]
+
+    def rollouts_of(number: int) -> RolloutsConfig:
+        settings = {"seed": seed + number - 1, "use_cpu": args.use_cpu, **script_args.rollouts}
+        settings |= {"temperature": temperature, "output_dir": str(output / f"round-{number}" / "rollouts")}
+        try:
+            return RolloutsConfig(**settings)
+        except TypeError as error:
+            raise ValueError(f"rollouts={script_args.rollouts!r}: {error}") from error
+
+    check_sources(script_args, rollouts_of(1), model_args)
+    config_of("teacher", output)
+    if args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy={args.eval_strategy!r}: the rounds hold nothing out; leave it at 'no'.")
+    reads = config_of("student", output).policies
+    unknown = sorted(set(reads) - {"base", "teacher", "unlearned"} - set(script_args.policies))
+    if unknown:
+        raise ValueError(f"signal={args.signal!r} reads {', '.join(unknown)}; name a model in `policies`.")
+
+    def play(number: int, policy: str) -> str:
+        """One round from `policy`; returns the folder of its student."""
+        say, folder = PartialState().print, output / f"round-{number}"
+        say(f"Round {number} of {script_args.rounds}: rollouts of {policy}")
+        here = replace(model_args, model_name_or_path=policy)
+        rollouts = rollouts_from_arguments(script_args, rollouts_of(number), here, dataset_args)
+
+        models = {name: script_args.policies[name] for name in reads if name in script_args.policies}
+        for name in ("teacher", "unlearned"):
+            if name in reads and name not in models:
+                say(f"Round {number}: {name}")
+                config = config_of("teacher", folder / name, unlearn=name == "unlearned", push_to_hub=False)
+                models[name] = train_stage(ERPDTeacherTrainer, policy, rollouts, config, model_args)
+        for name, model in models.items():
+            score_rollouts(
+                rollouts, name, model, use_cpu=args.use_cpu, model_init_kwargs=model_init_kwargs(model_args)
+            )
+        say(f"Round {number}: student")
+        push = args.push_to_hub and number == script_args.rounds
+        config = config_of("student", folder / "student", push_to_hub=push)
+        return train_stage(ERPDTrainer, policy, rollouts, config, model_args)
+
+    def run() -> int:
+        policy = model_args.model_name_or_path
+        for number in range(1, script_args.rounds + 1):
+            policy = play(number, policy)
+        PartialState().print(f"Student in {policy}")
+        return 0
+
+    return run
+
+
+def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, model_args: ModelConfig) -> str:
+    """Train one stage, or finish it, unless it is done; returns its folder, which then holds a whole model."""
+    folder, state = Path(config.output_dir), PartialState()
+    everything = config.to_dict()
+    settings = {name: everything[name] for name in (*DECISIVE, *ERPDConfig.__annotations__) if name in everything}
+    adapter = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
+    claim(folder, "stage", {"model": model, "rollouts": str(rollouts), **settings, **adapter})
+    if (folder / "done").exists():
+        state.print(f"{folder} is done")
+        return str(folder)
+
+    config.model_init_kwargs = {**model_init_kwargs(model_args), **(config.model_init_kwargs or {})}
+    config.model_init_kwargs.pop("quantization_config", None)  # the trainer takes it by itself
+    trainer = trainer_class(
+        model,
+        args=config,
+        train_dataset=load_rollouts(rollouts),
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    if is_peft_model(trainer.model) and (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
+        raise ValueError(
+            "use_peft=True: the rounds merge adapters, which needs a whole model on a process; use ZeRO-2."
+        )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if is_peft_model(trainer.model):
+        trainer.save_model(str(folder / "adapter"))
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if state.is_main_process:
+            merged.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
+    trainer.create_model_card(model_name=folder.name)
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (folder / "done").touch()
+    state.wait_for_everyone()
+    release_memory(trainer)
+    return str(folder)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, list) for x in value)):
+            values = [json.dumps(value)]
+        else:
+            values = ["none" if x is None else str(x) for x in (value if isinstance(value, list) else [value])]
+        words += [f"--{name}", *values]
+    return words
