@@ -20,7 +20,7 @@ from transformers import (
 
 from trl_trust.optim import AuON, HybridAuON, MatrixOptimizer, Muon
 from trl_trust.optim.auon import auon_direction
-from trl_trust.optim.matrix import shape_factor
+from trl_trust.optim.matrix import MAX_BATCH_NUMEL, shape_factor
 from trl_trust.optim.routing import parse_split_sizes, route
 
 
@@ -407,7 +407,7 @@ def test_parameters_without_a_gradient_are_left_alone():
 def test_equal_shapes_in_one_batch_equal_one_by_one(split, monkeypatch):
     results = []
     for limit in (2**26, 1):  # all of a shape at once, or one at a time
-        monkeypatch.setattr("trl_trust.optim.matrix.MAX_BATCH_NUMEL", limit)
+        monkeypatch.setitem(MAX_BATCH_NUMEL, "cpu", limit)
         model = llama(dtype=torch.float64)
         options = {"split_sizes": {"gate_proj": (8, 16)}} if split else {}
         train(model, Muon(model, ns_dtype="float32", **options), 3)

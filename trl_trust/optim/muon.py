@@ -38,13 +38,15 @@ def newton_schulz(
     a, b, c = coefficients
     result_dtype, shape = x.dtype, x.shape
     tall = shape[-2] > shape[-1]
-    y = (x.mT if tall else x).to(dtype or x.dtype)
-    y = y.reshape(-1, *y.shape[-2:])  # (batch, m, n) with m <= n: A is the smaller of the two products
+    y = (x.mT if tall else x).to(dtype or x.dtype)  # (..., m, n) with m <= n: of the two products A is the smaller one
+    y = y.reshape(-1, *y.shape[-2:]).contiguous()  # (batch, m, n)
+    multiply_add = torch.baddbmm
+    if y.shape[0] == 1:  # a batch of one makes bmm copy its operands
+        y, multiply_add = y.squeeze(0), torch.addmm
     for _ in range(steps):
         gram = y @ y.mT  # (batch, m, m)
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    y = y.mT if tall else y
-    return y.reshape(shape).to(result_dtype)
+        y = multiply_add(y, multiply_add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).reshape(shape).to(result_dtype)
 
 
 def muon_direction(
@@ -55,8 +57,9 @@ def muon_direction(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise a batch of matrices (..., m, n) by their Frobenius norms and orthogonalise them."""
-    norm = torch.linalg.vector_norm(updates, dim=(-2, -1), keepdim=True)
-    return newton_schulz(updates / norm.clamp(min=eps), steps, coefficients, dtype)
+    norm = torch.linalg.vector_norm(updates, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    dtype = dtype or updates.dtype
+    return newton_schulz(updates.to(dtype) / norm.to(dtype), steps, coefficients).to(updates.dtype)
 
 
 def validate_newton_schulz(group: dict[str, Any]) -> None:

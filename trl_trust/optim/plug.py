@@ -16,7 +16,6 @@ second one out of the trainer's books.
 """
 
 import copy
-import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -42,8 +41,6 @@ except ImportError as error:
         "trl_trust.optim plugs into transformers.trainer_optimizer._OPTIMIZER_HANDLERS, which this version of "
         "transformers lacks; install transformers 5.18 to 5.23, or use Trainer(optimizers=(AuON(model, lr=...), None))"
     ) from error
-
-logger = logging.getLogger(__name__)
 
 
 def register() -> None:
