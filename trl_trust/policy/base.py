@@ -90,7 +90,7 @@ class PolicyBatch:
         mask: (B, T) 1 where a token counts: inside the completion, and written by the model rather than by a tool.
         advantages: (B, 1), or (B, T) from subclasses that give one per token.
         entropies: (B, T) entropy of the next-token distribution at each position, in nats.
-        ref_logps: (B, T) under the reference model; `None` when `beta` is 0.
+        ref_logps: (B, T) under the reference model; `None` when `beta` is 0 and the method does not need it.
         sampling_logps: (B, T) as reported by the sampler (vLLM), NaN where it could not score a token; `None` without.
         rewards: (B,) weighted sum of the rewards, NaN where no reward function scored the response.
         group: (B,) index of the prompt a response answers, within the generation batch and over all processes.
@@ -274,6 +274,11 @@ class TrustGRPOConfig(GRPOConfig):
         return False
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the method reads `PolicyBatch.ref_logps` even where `beta` is 0."""
+        return False
+
+    @property
     def needs_stale_rollouts(self) -> bool:
         """Whether the trust region does nothing as long as every update uses fresh rollouts."""
         return not (self.anchors_on_sampler and self.use_vllm)
@@ -380,7 +385,13 @@ class TrustGRPOTrainer(GRPOTrainer):
         self._trust_window = []  # (names, (K, 2) statistics) of the micro-batches since the last optimizer step
         self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
         self._trust_rollouts = None  # arguments and result of the last `_calculate_rewards`
+        beta = args.beta
+        if args.needs_reference and beta == 0.0:
+            # TRL 1.16 loads, spreads and scores a reference (a copy, or the model without its adapter) unless `beta`
+            # is 0. With the least positive number in its place the KL is logged and adds exactly 0 to a float32 loss.
+            args.beta = math.ulp(0.0)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        args.beta = beta
         if args.needs_stale_rollouts and self._updates_are_on_policy():
             logger.warning(
                 f"With gradient_accumulation_steps={args.gradient_accumulation_steps}, "
