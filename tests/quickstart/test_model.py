@@ -62,23 +62,26 @@ def test_what_is_written_loads_as_the_same_model_and_tokenizer(tmp_path):
 
 
 def scripted(text_of, noise=0.0):
-    """A tiny model whose next-token distribution is forced: `text_of(prompt)` with probability about 1 - `noise`."""
+    """A model that answers a prompt of six tokens with `text_of(prompt)`; each token is 0 with probability `noise`.
+
+    The end token is certain. What is said after it must not count, so there it is made half end token, half 0.
+    """
     model = build_model(TOKENIZER, **TINY)
+    zero = TOKENIZER.convert_tokens_to_ids("0")
 
     def forward(input_ids, **kwargs):
         logits = torch.full((*input_ids.shape, len(TOKENIZER)), -30.0)
         for row, ids in enumerate(input_ids.tolist()):
-            prompt = TOKENIZER.decode(ids[:6])
-            script = TOKENIZER(text_of(prompt) + "<eos>")["input_ids"]
-            for position in range(5, len(ids)):
-                target = script[min(position - 5, len(script) - 1)]
-                logits[row, position, target] = math.log1p(-noise)
-                if noise:
-                    logits[row, position, 3] = math.log(noise)  # the digit 0
+            text = TOKENIZER(text_of(TOKENIZER.decode(ids[:6])))["input_ids"]
+            for i, position in enumerate(range(5, len(ids))):  # the logits here are those of completion token i
+                wrong = noise if i < len(text) else 0.0 if i == len(text) else 0.5
+                if wrong:
+                    logits[row, position, zero] = math.log(wrong)
+                logits[row, position, text[i] if i < len(text) else TOKENIZER.eos_token_id] = math.log1p(-wrong)
         return CausalLMOutput(logits=logits)
 
     model.forward = forward
-    model.generation_config.use_cache = False
+    model.generation_config.use_cache = False  # every call sees the whole sequence
     return model
 
 
@@ -98,17 +101,16 @@ def test_a_policy_that_is_always_right_or_always_wrong_is_measured_so():
 
 
 def test_entropy_and_kl_are_those_of_the_whole_distribution_over_live_tokens():
-    # Every next token is the script's with probability 1 - noise and a 0 with probability noise.
+    held_out = problems("test", 4)
+    texts = dict(zip(held_out["prompt"], ["#1", "#1", "#123", "#12345"], strict=True))  # some end before others
     p, q = 0.2, 0.1
     metrics = evaluate(
-        scripted(lambda prompt: "#1", p),
-        TOKENIZER,
-        problems("test", 4),
-        samples=4,
-        reference=scripted(lambda _: "#1", q),
+        scripted(texts.__getitem__, p), TOKENIZER, held_out, samples=4, reference=scripted(texts.__getitem__, q)
     )
-    assert metrics["entropy"] == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-5)
-    assert metrics["kl"] == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), rel=1e-5)
+    noisy = (2 + 2 + 4 + 6) / (3 + 3 + 5 + 7)  # the end token is live, and certain
+    assert metrics["entropy"] == pytest.approx(noisy * (-p * math.log(p) - (1 - p) * math.log(1 - p)), rel=1e-5)
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert metrics["kl"] == pytest.approx(noisy * kl, rel=1e-5)
 
 
 def test_evaluation_is_repeatable_and_leaves_model_and_random_state_as_they_were():

@@ -68,7 +68,7 @@ def trainer_classes(method: str) -> tuple[type, type]:
 
 
 def build_config(method: str, output_dir: str | os.PathLike, **fields):
-    """Return the config of `method` with [`TRAINING`], [`OVERRIDES`] and over both `fields`; `max_steps` is one."""
+    """Return the config of `method` with [`TRAINING`], [`OVERRIDES`] and, over both, `fields`."""
     _, config_class = trainer_classes(method)
     return config_class(output_dir=str(output_dir), **{**TRAINING, **OVERRIDES.get(method, {}), **fields})
 
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="trl-trust quickstart",
         description="Train a tiny model to add, with stock GRPO and with a method of this package, and compare them. "
-        "No download, no GPU, about three minutes on two cores.",
+        "No download, no GPU, two to three minutes.",
     )
     names = [BASELINE, *(m.name for m in METHODS)]
     parser.add_argument(
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"what to compare with stock GRPO: {', '.join(names)}; several may be given; `grpo` alone runs only the "
         "baseline (default: dispo)",
     )
-    parser.add_argument("--steps", type=int, default=320, help="optimiser steps of each run (default: 320)")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of each run (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything; same seed, same bits (default: 0)")
     parser.add_argument(
         "--output-dir",
