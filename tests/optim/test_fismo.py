@@ -5,6 +5,7 @@ import math
 import warnings
 
 import pytest
+import test_fsdp2
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
@@ -563,3 +564,19 @@ def test_a_trainer_learns_and_resumes_exactly(optim_args, tiny_model_path, tmp_p
     assert isinstance(fismo, FISMO)
     assert "self_attn.q_proj" in fismo.routing_report()
     assert any(max(numbers.values()) > 1.1 for numbers in fismo.condition_numbers().values())
+
+
+def sharded_is_one_process():
+    for options in ({}, {"root": "cholesky", "momentum_space": "param", "update_interval": 2}):
+        make = lambda model, options=options: FISMO(model, lr=0.1, **options)
+        expected, _ = test_fsdp2.run_single(make)
+        model, optimizer = test_fsdp2.shard(make)  # asserts that the parameters are sharded
+        test_fsdp2.train_sharded(model, optimizer, range(4))
+        for (name, p), q in zip(model.named_parameters(), expected, strict=True):
+            close(p.detach().full_tensor(), q, 1e-9)
+            state = optimizer.state[p]
+            assert name != "1.weight" or state["left_factor"].shape == (6, 6)
+
+
+def test_fsdp2_equals_one_process():
+    test_fsdp2.spawn(sharded_is_one_process)

@@ -340,10 +340,6 @@ class FISMO(MatrixOptimizer):
     def _refresh(self, grads: Tensor, states: Sequence[State], group: dict[str, Any]) -> None:
         """Update factors and roots; where that fails, keep the old ones and count."""
         kind, m, n = group["root"], *grads.shape[-2:]
-        if group["damping"] == "relative":
-            # Only the direction matters: a unit gradient keeps its square within reach of float32.
-            norm = torch.linalg.matrix_norm(grads, keepdim=True)
-            grads = torch.where(norm > 0, grads / norm, grads)
         good = torch.ones_like(grads[..., :1, :1], dtype=torch.bool)  # (k, ..., 1, 1)
         new = {}
 
