@@ -99,6 +99,28 @@ METHODS: tuple[Method, ...] = (
         summary="mixes GRPO's token ratio and GSPO's sequence ratio, each clipped in its own band, in one surrogate",
         loss="dhpo_loss",
     ),
+    Method(
+        name="mdpo",
+        title="MDPO",
+        module="trl_trust.policy.mdpo",
+        trainer="MDPOTrainer",
+        config="MDPOConfig",
+        paper="2005.09814",
+        grade="adapted",
+        summary="no clip: the importance-weighted term minus KL(new || old) / t, with t annealed over the run",
+        loss="mdpo_loss",
+    ),
+    Method(
+        name="opmd",
+        title="OPMD",
+        module="trl_trust.policy.mdpo",
+        trainer="OPMDTrainer",
+        config="OPMDConfig",
+        paper="2501.12599",
+        grade="exact",
+        summary="no ratio: regresses tau log(new / old) of a whole response on its reward minus a baseline",
+        loss="opmd_loss",
+    ),
 )
 
 
