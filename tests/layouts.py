@@ -19,7 +19,7 @@ ROWS = 16  # rows of a generation batch over all processes: 4 prompts x 4 respon
 
 # What a method needs beyond its defaults to be the same in every layout. Keyed by method name; `config` and `trainer`
 # are keyword arguments, callables receive the model's path.
-SETTINGS: dict[str, dict] = {}
+SETTINGS: dict[str, dict] = {"opmd": {"config": {"loss_type": "grpo"}}}
 
 
 def scripted(trainer_class):
