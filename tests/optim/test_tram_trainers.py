@@ -260,7 +260,7 @@ def test_resume_is_exact(variant, tiny_model_path, tmp_path):
     assert saved["param_groups"][0]["tram_steps"] == 4
 
 
-@pytest.mark.parametrize("base", ["adamw", "muon", "auon", "hybrid_auon"])
+@pytest.mark.parametrize("base", ["adamw", "muon", "auon", "hybrid_auon", "fismo"])
 def test_any_base_by_name(base, tiny_model_path, tmp_path):
     trainer = supervised(
         SFTTrainer,
@@ -476,6 +476,28 @@ def test_refused_engines(fp16, deepspeed, match):
     trainer = SimpleNamespace(args=SimpleNamespace(fp16=fp16), is_deepspeed_enabled=deepspeed)
     with pytest.raises(ValueError, match=match):
         tram.attach(trainer)
+
+
+def test_a_compiled_model_is_refused_unless_compiled_in_place():
+    model = FAMILIES["qwen2"]()
+    tram = TRAM(torch.optim.SGD(model.parameters(), lr=1.0), tram_variant="noise")
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="torch_compile=False"):
+        tram.backward(compiled, lambda: compiled(**language_batch()).loss)
+    model.compile(backend="eager")
+    tram.backward(model, lambda: model(**language_batch()).loss)
+    assert tram.metrics()["tram/distance"] > 0
+
+
+def test_a_model_without_readable_predictions_is_refused():
+    model = FAMILIES["qwen2"]().model  # a backbone without a head
+    tram = TRAM(torch.optim.SGD(model.parameters(), lr=1.0), tram_variant="noise")
+    batch = language_batch(labels=False)
+    with pytest.raises(ValueError, match="Qwen2Model: its forward returns no `logits`"):
+        tram.backward(model, lambda: model(**batch).last_hidden_state.square().mean())
+    fisher = TRAM(torch.optim.SGD(model.parameters(), lr=1.0), tram_variant="fisher")
+    fisher.backward(model, lambda: model(**batch).last_hidden_state.square().mean())
+    assert fisher.metrics()["tram/eps_norm"] > 0
 
 
 def test_a_trainer_without_compute_loss_is_refused(tiny_model_path, tmp_path):

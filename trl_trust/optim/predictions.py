@@ -148,10 +148,10 @@ class Probe:
         """
         total = None
         for a, b in zip(now, anchor, strict=True):
-            if a.predictions is None:
+            if a.logits is None and (a.hidden is None or self.lm.get_output_embeddings() is None):
                 raise ValueError(
                     f"TRAM cannot read the predictions of {type(self.lm).__name__}: its forward returns no `logits`, "
-                    "and it has no backbone that returns `last_hidden_state`. tram_variant='fisher' needs neither."
+                    "and it has no backbone with a `last_hidden_state` and a head; tram_variant='fisher' needs neither"
                 )
             mask = self.positions(a, labels)
             heads = (None, None) if a.hidden is None else (self._head({}), self._head(stored))

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -654,7 +655,6 @@ def _gradient(model: nn.Module, params: list[Tensor], loss_fn) -> tuple[Tensor, 
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)  # torch.compile
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -663,6 +663,11 @@ def _prepare(model: nn.Module, inner: nn.Module) -> None:
         raise ValueError(
             f"TRAM cannot run under {type(model).__name__}, which hides parameters and gradients; use one process a "
             "device with DistributedDataParallel, or FSDP2"
+        )
+    if is_compiled_module(model) or is_compiled_module(inner):
+        raise ValueError(
+            "TRAM cannot run on the result of torch.compile(model), which leaves out the hooks that read predictions; "
+            "set torch_compile=False, or compile in place with model.compile()"
         )
     for module in inner.modules():
         if isinstance(module, FSDPModule):
