@@ -23,6 +23,9 @@ from .methods import GRADES, METHODS, get_method
 # TRL's own scripts, run as they are, with the optimizers of this package known by name
 TRL_SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward", "rloo", "distillation")
 
+# commands with a script of their own: name to module, which has `make_parser()` and `prepare(words)`
+OWN_SCRIPTS = {"rollouts": "trl_trust.distill.rollouts"} | {m.name: m.script for m in METHODS if m.script}
+
 
 def main(argv: list[str] | None = None, launch: bool = True) -> int:
     """Run the command line and return its exit status.
@@ -49,12 +52,12 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         SHOW[command]()
     elif command in methods and wants_help:
         print(method_help(command))
-    elif command in methods or command in TRL_SCRIPTS:
+    elif command in methods or command in TRL_SCRIPTS or command in OWN_SCRIPTS:
         # a process that a launcher started does not launch again
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
     else:
         with one_line_errors():
-            known = [*methods, *TRL_SCRIPTS, *SHOW, "quickstart"]
+            known = [*methods, *TRL_SCRIPTS, *OWN_SCRIPTS, *SHOW, "quickstart"]
             raise ValueError(f"unknown command {command!r}; {near(command, known)}")
     return 0
 
@@ -97,12 +100,18 @@ def train(command: str, words: list[str], launch: bool) -> int:
         words = resolve_recipe(words)
         from . import optim  # noqa: F401  registers the optimizers' names before a parser lists them
 
-        parser, prepare = trl_script(command) if command in TRL_SCRIPTS else method_script(command)
+        if command in OWN_SCRIPTS:
+            own = import_module(OWN_SCRIPTS[command])
+            parser, prepare = own.make_parser(), None
+        else:
+            parser, prepare = trl_script(command) if command in TRL_SCRIPTS else method_script(command)
         if not {"-h", "--help", "--help-all"}.isdisjoint(words):
             parser.print_help()
             return 0
         if launch:
             start = launcher(command, words, parser)
+        elif command in OWN_SCRIPTS:
+            start = own.prepare(words)
         else:
             start = prepare(*parser.parse(words, launcher_options()))
     return start() or 0
@@ -241,6 +250,9 @@ Train with a method of this package (`trl-trust METHOD --help` shows its setting
 Train with TRL's own script, with the optimizers of this package known by name:
   {" ".join(TRL_SCRIPTS)}
 
+Sample once, for methods that learn from frozen rollouts:
+  rollouts      write prompts, completions, rewards and log-probabilities to a folder
+
 Look around:
   quickstart    train a small model here and now: no download, no GPU
   methods       the methods, with paper and provenance
@@ -279,8 +291,9 @@ def method_help(name: str) -> str:
     lines += [
         "",
         f"Recipes: {', '.join(own) or 'none'}",
-        "All fields of TRL's GRPOConfig, ModelConfig and ScriptArguments, and all options of `accelerate launch`, are",
-        f"taken too, here and in a recipe. `trl-trust {name} --help-all` lists the fields (and imports TRL to do so).",
+        "All fields of the TRL config that it extends, of ModelConfig and ScriptArguments, and all options of",
+        "`accelerate launch` are taken too, here and in a recipe.",
+        f"`trl-trust {name} --help-all` lists the fields (and imports TRL to do so).",
     ]
     return "\n".join(lines)
 

@@ -30,6 +30,9 @@ class Method:
         grade: A key of [`GRADES`].
         summary: What it changes, against its nearest TRL loss, in one line.
         loss: Name of the pure loss function in `module`, exported too.
+        script: Module behind `trl-trust NAME` where training is more than one run of a `GRPOTrainer`; it has
+            `make_parser()` and `prepare(words)`. What is built on `GRPOTrainer`, such as the quickstart, leaves such a
+            method out.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Method:
     grade: str
     summary: str
     loss: str
+    script: str | None = None
 
 
 METHODS: tuple[Method, ...] = (
