@@ -1,0 +1,208 @@
+"""Time of an optimizer step against PyTorch's own, pairs interleaved in one run, and state kept per parameter.
+
+    python benchmarks/optimizers.py [--rounds 9] [--threads 1] [--device cpu] [--rows auon fismo]
+                                    [--json benchmarks/results/optimizers.json]
+
+In each round both of a pair take one step, in turns first; the figure is the median over rounds of the ratio of the
+two times in the same round, with quartiles. On a CPU the time is that of the process, not of the clock, so that other
+jobs on the machine disturb it little (with one thread; they still share its memory bandwidth). On a GPU it is the
+clock, between synchronisations.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+# The matrices of GPT-2 small, a model of 124M parameters: 85M of them.
+GPT2_SMALL = ([(768, 768)] * 4 + [(3072, 768), (768, 3072)]) * 12
+
+
+def layers(width, depth):
+    """Matrices of a model with many equal shapes: `depth` layers of 4 squares and an MLP of 4 times the width."""
+    return ([(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]) * depth
+
+
+def parameters(shapes, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(device, dtype)) for s in shapes]
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device, dtype)
+    return params
+
+
+def pairs():
+    """{row: (what it shows, bound on the ratio or None, ours, theirs)}; the last two build an optimizer."""
+    from trl_trust.optim import FISMO, AuON, HybridAuON, Muon
+
+    adamw = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.01, foreach=True)
+    torch_muon = lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.0)
+    fismo = lambda root: lambda p: FISMO(p, lr=0.02, root=root, momentum_space="param")
+    rows = {
+        "auon": (
+            "AuON / AdamW(foreach=True), the 85M matrix elements of GPT-2 small",
+            1.1,
+            lambda d: AuON(parameters(GPT2_SMALL, d), lr=0.1, weight_decay=0.01),
+            lambda d: adamw(parameters(GPT2_SMALL, d)),
+        )
+    }
+    for width in (64, 128, 256, 512):
+        depth = 24 if width <= 128 else 4
+        bound = 0.5 if width == 64 else None
+        for name, ours in (
+            ("muon", lambda p: Muon(p, lr=0.02)),
+            ("hybrid_auon_repo", lambda p: HybridAuON(p, lr=0.02, variant="repo", ns_dtype="bfloat16")),
+            ("hybrid_auon_paper", lambda p: HybridAuON(p, lr=0.02, ns_dtype="bfloat16")),
+        ):
+            shapes = layers(width, depth)
+            steps = 1 if "paper" in name else 5
+            rows[f"{name}_{width}"] = (
+                f"{name} ({steps} Newton-Schulz steps, bf16) / torch.optim.Muon (5), {depth} layers of width {width}",
+                bound,
+                lambda d, ours=ours, shapes=shapes: ours(parameters(shapes, d)),
+                lambda d, shapes=shapes: torch_muon(parameters(shapes, d)),
+            )
+    rows["fismo"] = (
+        "FISMO root=cholesky / root=eigh, one 2048 x 2048 matrix, whole step",
+        1 / 20,
+        lambda d: fismo("cholesky")(parameters([(2048, 2048)], d)),
+        lambda d: fismo("eigh")(parameters([(2048, 2048)], d)),
+    )
+    rows["fismo_root"] = (
+        "one factor of 2048 only: Cholesky root and two triangular solves / eigh root and two products",
+        1 / 20,
+        lambda d: Roots("cholesky", d),
+        lambda d: Roots("eigh", d),
+    )
+    return rows
+
+
+class Roots:
+    """What a refresh of FISMO does for one factor: find a root of it and whiten a gradient, there and back."""
+
+    def __init__(self, kind, device):
+        x = parameters([(2048, 2048)], device)[0].grad
+        self.kind, self.grad = kind, x
+        self.factor = x @ x.T * (2048 / x.square().sum()) + 1e-2 * torch.eye(2048, device=device)
+
+    def step(self):
+        from trl_trust.optim.fismo import inverse_root, unwhiten, whiten
+
+        root, _ = inverse_root(self.factor, self.kind, 1e-8)
+        unwhiten(root, whiten(root, self.grad, self.kind), self.kind)
+
+
+def timer(device):
+    if device == "cpu":
+        return time.process_time
+
+    def synchronised():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
+
+
+def compare(ours, theirs, rounds, device):
+    """Median and quartiles of the ratio of step times, and the median of each."""
+    clock, both = timer(device), (ours(device), theirs(device))
+    times = ([], [])
+    for optimizer in both:  # creates the state, compiles what is compiled
+        optimizer.step()
+    for r in range(rounds):
+        for i in (0, 1) if r % 2 else (1, 0):
+            start = clock()
+            both[i].step()
+            times[i].append(clock() - start)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    ours_ms, theirs_ms = (round(1e3 * statistics.median(t), 3) for t in times)
+    return {
+        "ratio": round(middle, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "ours_ms": ours_ms,
+        "theirs_ms": theirs_ms,
+    }
+
+
+def memory(shape=(1024, 1024)):
+    """Bytes of state per matrix element, for float32 and for bfloat16 parameters."""
+    from trl_trust.optim import FISMO, AuON, HybridAuON, Muon
+
+    table = {
+        "adamw (torch)": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        "muon (torch)": lambda p: torch.optim.Muon(p, lr=0.02),
+        "auon": lambda p: AuON(p, lr=0.1),
+        "hybrid_auon": lambda p: HybridAuON(p, lr=0.02),
+        "muon": lambda p: Muon(p, lr=0.02),
+        "fismo": lambda p: FISMO(p, lr=0.02),
+    }
+    result = {}
+    for name, build in table.items():
+        result[name] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            (p,) = parameters([shape], "cpu", dtype)
+            optimizer = build([p])
+            optimizer.step()
+            held = sum(
+                v.numel() * v.element_size() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)
+            )
+            result[name][str(dtype).removeprefix("torch.")] = round(held / p.numel(), 2)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", nargs="+", help="rows to run, by the beginning of their names; all by default")
+    parser.add_argument(
+        "--json", type=Path, help="file for the results; rows that it has and this run leaves out stay"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    # A training process has freed large blocks before its first step, after which glibc's allocator keeps memory
+    # instead of returning it to the system at every turn. Without this line the first pair alone would pay for that.
+    torch.ones(7_900_000)
+
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
+    results["machine"] = {
+        "device": torch.cuda.get_device_name() if args.device != "cpu" else _cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "clock": "process" if args.device == "cpu" else "wall",
+    }
+    results["command"] = "python benchmarks/optimizers.py " + " ".join(sys.argv[1:])
+    for name, (what, bound, ours, theirs) in pairs().items():
+        if args.rows and not any(name.startswith(row) for row in args.rows):
+            continue
+        rounds = args.rounds if not name.startswith("fismo") else min(args.rounds, 3)  # eigh takes many seconds
+        row = {"what": what, "bound": bound, "rounds": rounds, **compare(ours, theirs, rounds, args.device)}
+        results["rows"][name] = row
+        verdict = "" if bound is None else f"  bound {bound:.3g}: {'met' if row['ratio'] <= bound else 'MISSED'}"
+        print(f"{name:22s} {row['ratio']:7.3f} {row['quartiles']}  {row['ours_ms']} / {row['theirs_ms']} ms{verdict}")
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if not args.rows or "memory" in args.rows:
+        results["state_bytes_per_element"] = memory()
+        for name, bytes_per_element in results["state_bytes_per_element"].items():
+            print(f"{name:22s} {bytes_per_element} bytes of state per matrix element")
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
