@@ -240,9 +240,24 @@ def test_distance_is_torchs_kl_div(rows, classes, seed):
     torch.testing.assert_close(wrong * rows * classes, expected)
 
 
+@pytest.mark.parametrize("step", [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+def test_small_distances_survive_float32(step):
+    """At a learning rate of 1e-6 a step moves predictions by less than float32 resolves, if summed plainly."""
+    generator = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(64, 5000, generator=generator)
+    q = p + step * torch.randn(64, 5000, generator=generator)
+    exact = F.kl_div(q.double().log_softmax(-1), p.double().log_softmax(-1), log_target=True, reduction="batchmean")
+    assert kl_rows(p, q).mean().item() == pytest.approx(exact.item(), rel=0.02)
+    plain = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert step > 1e-5 or abs(plain - exact) > exact
+    assert torch.equal(kl_rows(p, p), torch.zeros(64))
+
+
 def test_distance_allows_excluded_tokens():
     p = torch.tensor([[0.0, 1.0, -math.inf]], dtype=F64)
     assert kl_rows(p, p).item() == 0.0
+    far = torch.tensor([[0.0, 1.0, -500.0]], dtype=torch.float32)  # its probability underflows
+    assert kl_rows(far, far.flip(-1)).item() == pytest.approx(500 / (1 + math.e), rel=0.01)
     assert kl_rows(torch.tensor([[0.0, 1.0, 0.0]], dtype=F64), p).item() == math.inf
 
 

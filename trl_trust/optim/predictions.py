@@ -19,6 +19,10 @@ from torch.distributed.tensor import DTensor
 def kl_rows(anchor_logits: Tensor, logits: Tensor, divergence: str = "forward") -> Tensor:
     """Divergence of each row's two predictive distributions, in at least float32.
 
+    Summed as `b - a - a log(b / a)` over the tokens, which equals the usual `- a log(b / a)` because both sum to 1.
+    Its terms are never negative, so that the distance of one optimizer step, 1e-10 and less at a learning rate of
+    1e-6, does not drown in a round-off of 1e-8.
+
     Args:
         anchor_logits, logits: (N, V), of the anchor and of the model now.
         divergence: `forward` is KL(anchor, now), the paper's; `reverse` is KL(now, anchor); `symmetric` their mean.
@@ -31,8 +35,10 @@ def kl_rows(anchor_logits: Tensor, logits: Tensor, divergence: str = "forward") 
     log_q = F.log_softmax(logits.to(dtype), dim=-1)  # (N, V)
 
     def kl(log_a, log_b):
-        a = log_a.exp()
-        return torch.where(a == 0, 0, a * (log_a - log_b)).sum(-1)  # logits of -inf are legal: 0 log 0 = 0
+        a, b = log_a.exp(), log_b.exp()
+        r = torch.where(a == 0, 1, log_b - log_a)  # where a is 0 only b is left, whatever r
+        near = a * r.square() * (1 / 2 + r / 6 + r.square() / 24)  # a (e^r - 1 - r)
+        return torch.where(r.abs() < 1e-2, near, b - a - a * r).sum(-1)
 
     if divergence == "forward":
         return kl(log_p, log_q)

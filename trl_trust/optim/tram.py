@@ -428,7 +428,7 @@ class TRAM(Optimizer):
             dist.all_reduce(total)
         distance = total[0] / total[1].clamp(min=1)
         finite = torch.isfinite(distance)
-        distance = torch.where(finite, distance, 0).clamp(min=0)  # round-off may leave zero a little below
+        distance = torch.where(finite, distance, 0)
         capped = torch.zeros_like(finite) if self.max_distance is None else distance > self.max_distance
         distance = distance.clamp(max=self.max_distance) if self.max_distance is not None else distance
         self._record(distance=distance, distance_capped=capped, skipped=~finite)
