@@ -491,7 +491,11 @@ def test_metrics_join_over_processes_by_weight_and_by_name():
     assert _local_statistic("a/mean", x, mask).tolist() == [4.0, 2.0]
     assert _local_statistic("a/max", x, mask)[0] == 3.0 and _local_statistic("a/min", x, mask)[0] == 1.0
     assert _local_statistic("a", torch.tensor([[1.0], [math.nan]]), mask).tolist() == [1.0, 1.0]
+    assert _local_statistic("a", torch.full_like(x, math.nan), mask)[0].isnan()
     assert _join_processes("a/mean", [[4.0, 2.0], [10.0, 8.0]]) == pytest.approx(1.4)
+    assert _join_processes("a/mean", [[0.0, 0.0], [0.0, 0.0]]) == 0.0
+    assert _join_processes("a/mean", [[4.0, 2.0], [math.nan, 0.0]]) == 2.0
+    assert math.isnan(_join_processes("a/mean", [[math.nan, 0.0], [0.0, 0.0]]))
     assert _join_processes("a/min", [[4.0, 2.0], [math.inf, 0.0]]) == 4.0
     assert math.isnan(_join_processes("a/max", [[-math.inf, 0.0]]))
     with pytest.raises(ValueError, match="'a' has shape"):

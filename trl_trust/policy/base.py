@@ -822,6 +822,7 @@ def _local_statistic(name: str, x: Tensor, mask: Tensor) -> Tensor:
         expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
         raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
     x = x.float()
+    empty = ~keep.any()
     keep = keep & ~x.isnan()
     weight = keep.sum().float()
     if name.endswith("min"):
@@ -830,6 +831,8 @@ def _local_statistic(name: str, x: Tensor, mask: Tensor) -> Tensor:
         value = x.masked_fill(~keep, -math.inf).max()
     else:
         value = x.masked_fill(~keep, 0.0).sum()
+        # the mean of nothing is 0, as TRL 1.16 logs it for a batch without live tokens; of NaN alone it is NaN
+        value = torch.where(empty | (weight > 0), value, torch.nan)
     return torch.stack([value, weight])
 
 
@@ -839,4 +842,6 @@ def _join_processes(name: str, stats: list[list[float]]) -> float:
     if name.endswith(("min", "max")):
         extremum = (min if name.endswith("min") else max)(values)
         return extremum if any(weights) else math.nan
-    return sum(values) / max(sum(weights), 1.0)
+    if not any(weights):
+        return sum(values)
+    return sum(value for value, weight in zip(values, weights, strict=True) if weight) / sum(weights)
