@@ -1,0 +1,783 @@
+"""VPD: a policy that learns from itself reading feedback, and learns to read it (arXiv 2605.15113).
+
+Nearest in TRL: not a loss of GRPO but the experimental `SDPOTrainer`. One network, two prompts: the student sees the
+prompt, the teacher the prompt with feedback on that very response. The M-step moves the student towards the teacher,
+by the reverse KL on the student's own samples. The E-step, every few steps, fits the teacher to the outcomes: an
+unpaired preference loss on its log-ratio to the student, which is the prior and slides along.
+
+Provenance: **structure confirmed**. The posterior, both objectives, the shift, shared weights, the schedule and
+`e_step_beta` come from third-party notes that quote the paper's equations (4, 5, 7); the paper's own text was not
+read. Prompt building, top-k and importance clip are those of SDPO's code (`lasgroup/SDPO`). Feedback for a correct
+response, token reductions, treatment of the vocabulary, and order and optimizer of the E-step are a reconstruction.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object, is_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..policy.base import (
+    LOG_RATIO_LIMIT,
+    PolicyBatch,
+    PolicyLoss,
+    Rollouts,
+    TrustGRPOConfig,
+    TrustGRPOTrainer,
+    is_number,
+    paper,
+)
+from ..policy.hidden import HiddenStates
+
+
+# feedback_func(prompts, completions, **columns) -> what there is to say about each completion, or None
+FeedbackFunc = Callable[..., list[str | None]]
+
+SATURATED = 5.0  # |reward - shift| beyond which the sigmoid of the E-step is flat: its slope is below 0.7 %
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# M-step: the student follows the teacher
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def token_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 1.0, topk: int | None = None, tail: bool = True
+) -> Tensor:
+    """Divergence of next-token distributions, (..., V) and (..., V) to (...).
+
+    Args:
+        alpha: 1 is KL(student || teacher), 0 is KL(teacher || student), between them the generalized Jensen-Shannon
+            divergence with the mixture `(1 - alpha) student + alpha teacher`.
+        topk: compare on the student's k likeliest tokens; `None` for all.
+        tail: gather the other tokens in one bucket; else renormalize over the k. With it the divergence never exceeds
+            that over all tokens.
+    """
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if topk is not None and topk < student.size(-1):
+        ids = student.detach().topk(topk).indices
+        student, teacher = (_keep(logps, ids, tail) for logps in (student, teacher))
+    kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
+    if alpha == 1:
+        return kl(student, teacher)
+    if alpha == 0:
+        return kl(teacher, student)
+    log = lambda x: torch.tensor(x, dtype=student.dtype, device=student.device).log()
+    mixture = torch.logaddexp(student + log(1 - alpha), teacher + log(alpha))
+    return (1 - alpha) * kl(student, mixture) + alpha * kl(teacher, mixture)
+
+
+def _keep(logps: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """(..., k + 1) or (..., k) log-probabilities of `ids`, and of all others together."""
+    kept = logps.gather(-1, ids)
+    if not tail:
+        return kept.log_softmax(-1)
+    # summed up, not 1 minus the rest: that has no digit left where the k hold nearly everything
+    others = logps.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, others], dim=-1)
+
+
+def vpd_loss(
+    batch: PolicyBatch, *, distillation_mode: str = "topk_logits", distillation_is_clip: float | None = 2.0
+) -> PolicyLoss:
+    """The M-step: divergence of student and teacher per token, times `sg[min(exp(logps - old_logps), is_clip)]`.
+
+    Reads `batch.extras["divergence"]`, (B, T) with gradient; for `distillation_mode="sampled_token"` instead
+    `batch.extras["teacher_logps"]`, (B, T), and takes `sg[logps - teacher_logps] logps`, which has the gradient of the
+    reverse KL in expectation but not its value. No reward enters.
+
+    Returns:
+        per-token loss (B, T); metrics `vpd/m_loss` (its mean), `vpd/kl_student_teacher` (the divergence; for
+        `"sampled_token"` the mean log-ratio), `vpd/is_weight/{mean,max}`.
+    """
+    if distillation_mode == "sampled_token":
+        divergence = (batch.logps - batch.extras["teacher_logps"]).detach()
+        per_token_loss = divergence * batch.logps
+    else:
+        divergence = per_token_loss = batch.extras["divergence"]
+    log_ratio = (batch.logps - batch.old_logps).detach()
+    weight = torch.ones_like(log_ratio)
+    if distillation_is_clip is not None:
+        weight = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).clamp(max=distillation_is_clip)
+    per_token_loss = per_token_loss * weight
+    return PolicyLoss(
+        per_token_loss,
+        {
+            "vpd/m_loss": per_token_loss,
+            "vpd/kl_student_teacher": divergence,
+            "vpd/is_weight/mean": weight,
+            "vpd/is_weight/max": weight,
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# E-step: the teacher learns what the feedback says about the outcome
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def implicit_reward(
+    teacher_logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    *,
+    e_step_beta: float = 0.1,
+    reward_reduction: str = "sum",
+    reward_clip: float | None = None,
+) -> Tensor:
+    """(B,) `beta sum_t (teacher_logps - ref_logps)` over live tokens, or their mean; clamped to `reward_clip`.
+
+    The log-ratio of posterior to prior is R / beta up to a constant of the prompt, so this estimates the outcome R.
+    """
+    log_ratio = ((teacher_logps - ref_logps) * mask).sum(-1)
+    if reward_reduction == "mean":
+        log_ratio = log_ratio / mask.sum(-1).clamp(min=1.0)
+    reward = e_step_beta * log_ratio
+    return reward if reward_clip is None else reward.clamp(-reward_clip, reward_clip)
+
+
+def class_sums(reward: Tensor, success: Tensor) -> Tensor:
+    """(4,) sum of rewards and number of responses with `success` 1, then with `success` 0; NaN is in neither."""
+    positive, negative = success == 1, success == 0
+    rows = (reward * positive, positive, reward * negative, negative)
+    return torch.stack([row.sum().to(reward.dtype) for row in rows])
+
+
+def next_shift(sums: list[float], shift: float | None, momentum: float) -> float | None:
+    """The shift after a batch with these [`class_sums`]: its running average with the middle between the class means.
+
+    Unchanged where a class is missing, whose mean is not 0 but unknown. The first middle is taken as it is.
+    """
+    reward_pos, n_pos, reward_neg, n_neg = sums
+    if n_pos == 0 or n_neg == 0:
+        return shift
+    middle = 0.5 * (reward_pos / n_pos + reward_neg / n_neg)
+    return middle if shift is None else momentum * shift + (1 - momentum) * middle
+
+
+def preference_loss(reward: Tensor, success: Tensor, shift: float, n_pos: float, n_neg: float) -> Tensor:
+    """(B,) shares of L_E: mean softplus(shift - reward) of successes + mean softplus(reward - shift) of failures.
+
+    `n_pos` and `n_neg` count them over all rows of the update, wherever they are; all shares add up to L_E.
+    `shift` is a constant. A row whose `success` is NaN has no share.
+    """
+    margin = reward - shift
+    positive, negative = success == 1, success == 0  # NaN: neither
+    return positive * F.softplus(-margin) / max(n_pos, 1) + negative * F.softplus(margin) / max(n_neg, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Config
+# --------------------------------------------------------------------------------------------------------------------
+
+_NO_RATIO = "the M-step has no policy gradient and clips no ratio; `distillation_is_clip` bounds the importance weight"
+_NO_ADVANTAGE = "no advantage enters; `success_reward_threshold` makes outcomes of rewards"
+
+
+@dataclass
+class VPDConfig(TrustGRPOConfig):
+    r"""
+    Configuration of [`VPDTrainer`]: every field of [`TrustGRPOConfig`], the two steps, and the teacher's prompt.
+
+    Names are those of TRL's `SDPOConfig` where it has the field. `disable_dropout` is `True`: with shared weights,
+    dropout alone would set teacher and student apart. `loss_type` averages over the tokens of responses that have
+    feedback: `"dapo"` over all such tokens, `"grpo"` over each response and then over all, as TRL's SDPO does.
+
+    Parameters:
+        e_step_every (`int`, *optional*, defaults to `5`):
+            M-steps to one E-step; 0 for no E-steps, which is self-distillation (SDPO with a live teacher).
+        e_step_mode (`str`, *optional*, defaults to `"replace"`):
+            `"replace"`: an E-step takes an optimizer step of its own, then `e_step_every` M-steps follow; works with
+            everything. `"extra"`: every `e_step_every`-th step makes an update more, which leaves the learning rate
+            schedule alone; not with DeepSpeed or FSDP1.
+        e_step_position (`str`, *optional*, defaults to `"before"`):
+            Whether the update of `"extra"` comes `"before"` or `"after"` the M-step.
+        e_step_beta (`float`, *optional*, defaults to `0.1`):
+            Scale, > 0, of the implicit reward.
+        shift_momentum (`float`, *optional*, defaults to `0.9`):
+            Of the running shift, in [0, 1); 0 takes each batch's own.
+        reward_reduction (`str`, *optional*, defaults to `"sum"`):
+            Of the log-ratios in the implicit reward: `"sum"` or `"mean"`, which does not saturate on long responses.
+        reward_clip (`float`, *optional*):
+            Bound, > 0, of the implicit reward. `None`: no bound.
+        single_class (`str`, *optional*, defaults to `"skip"`):
+            Where all outcomes are equal: `"skip"` the E-step (an M-step takes its place), or `"use"` the one class,
+            against the running shift.
+        prior (`str`, *optional*, defaults to `"dynamic"`):
+            Reference of the implicit reward: the student before the update, or `"fixed"`, the initial model (with LoRA
+            the model without its adapter).
+        distillation_mode (`str`, *optional*, defaults to `"topk_logits"`):
+            What the M-step compares: the student's likeliest tokens, all with `"full_logits"`, or `"sampled_token"`,
+            an estimate from the sampled tokens alone.
+        distillation_topk (`int`, *optional*, defaults to `100`):
+            Number of likeliest tokens, >= 1.
+        distillation_add_tail (`bool`, *optional*, defaults to `True`):
+            Whether the other tokens count, as one.
+        distillation_alpha (`float`, *optional*, defaults to `1.0`):
+            In [0, 1]: 1 is the reverse KL (the paper), 0 the forward KL, between them the Jensen-Shannon divergence.
+            `"sampled_token"` requires 1.
+        distillation_is_clip (`float`, *optional*, defaults to `2.0`):
+            Cap, > 0, of the importance weight of a token. `None`: no weight.
+        success_reward_threshold (`float`, *optional*, defaults to `0.5`):
+            Reward from which a response is a success.
+        feedback_func (`str`, *optional*):
+            Dotted path of a feedback function; a callable may be given to the trainer instead.
+        include_environment_feedback (`bool`, *optional*, defaults to `True`):
+            Whether the teacher reads the text of the feedback function or of the environment.
+        use_successful_as_teacher (`bool`, *optional*, defaults to `True`):
+            Whether it reads another response to the same prompt that succeeded.
+        remove_thinking_from_demonstration (`bool`, *optional*, defaults to `True`):
+            Whether that response is shown without its `<think>` blocks.
+        teacher_template (`str`, *optional*):
+            The teacher's prompt, with `{prompt}` and `{feedback}`. In a chat it is the last message of the user.
+        solution_template (`str`, *optional*):
+            How a successful response is shown, with `{solution}`.
+        max_teacher_prompt_length (`int`, *optional*, defaults to `10240`):
+            In tokens, > 0. A response whose teacher would have a longer prompt counts as one without feedback.
+
+    Raises:
+        ValueError: for values outside the above, templates without their place-holders, `disable_dropout=False`,
+            E-steps with a `steps_per_generation` that is no multiple of `gradient_accumulation_steps`, or `epsilon`,
+            `epsilon_high`, `delta`, `scale_rewards` or `multi_objective_aggregation` other than TRL's default.
+    """
+
+    unread_fields: ClassVar[dict[str, str]] = {
+        **TrustGRPOConfig.unread_fields,
+        "epsilon": _NO_RATIO,
+        "epsilon_high": _NO_RATIO,
+        "delta": _NO_RATIO,
+        "scale_rewards": _NO_ADVANTAGE,
+        "multi_objective_aggregation": _NO_ADVANTAGE,
+    }
+
+    e_step_every: int = field(default=5, metadata={"help": "M-steps to one E-step; 0: none."})
+    e_step_mode: str = field(
+        default="replace",
+        metadata={
+            "help": "Whether an E-step takes an optimizer step of its own, or is one more update within a step.",
+            "choices": ["replace", "extra"],
+        },
+    )
+    e_step_position: str = field(
+        default="before",
+        metadata={"help": "With `e_step_mode='extra'`: before or after the M-step.", "choices": ["before", "after"]},
+    )
+    e_step_beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward of the E-step."})
+    shift_momentum: float = field(
+        default=0.9, metadata={"help": "Momentum of the E-step's shift; 0: each batch's own."}
+    )
+    reward_reduction: str = field(
+        default="sum",
+        metadata={"help": "Of log-ratios over tokens, in the implicit reward.", "choices": ["sum", "mean"]},
+    )
+    reward_clip: float | None = field(default=None, metadata={"help": "Bound of the implicit reward. None: no bound."})
+    single_class: str = field(
+        default="skip",
+        metadata={
+            "help": "Where all outcomes are equal: skip the E-step, or use the one class.",
+            "choices": ["skip", "use"],
+        },
+    )
+    prior: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Reference of the implicit reward: the student as it is, or the initial model.",
+            "choices": ["dynamic", "fixed"],
+        },
+    )
+    distillation_mode: str = field(
+        default="topk_logits",
+        metadata={
+            "help": "What the M-step compares.",
+            "choices": ["topk_logits", "full_logits", "sampled_token"],
+        },
+    )
+    distillation_topk: int = field(default=100, metadata={"help": "The student's likeliest tokens to compare on."})
+    distillation_add_tail: bool = field(default=True, metadata={"help": "Whether the other tokens count, as one."})
+    distillation_alpha: float = field(
+        default=1.0, metadata={"help": "1: reverse KL; 0: forward KL; between them: Jensen-Shannon divergence."}
+    )
+    distillation_is_clip: float | None = field(
+        default=2.0, metadata={"help": "Cap of a token's importance weight in the M-step. None: no weight."}
+    )
+    success_reward_threshold: float = field(
+        default=0.5, metadata={"help": "Reward from which a response is a success."}
+    )
+    feedback_func: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of feedback_func(prompts, completions, **columns) -> list[str | None]."},
+    )
+    include_environment_feedback: bool = field(
+        default=True, metadata={"help": "Whether the teacher reads feedback in words."}
+    )
+    use_successful_as_teacher: bool = field(
+        default=True, metadata={"help": "Whether it reads another, successful response to the same prompt."}
+    )
+    remove_thinking_from_demonstration: bool = field(
+        default=True, metadata={"help": "Whether that response is shown without its <think> blocks."}
+    )
+    teacher_template: str = field(
+        default="{prompt}\n\nAbout an earlier attempt at this:\n\n{feedback}\n\nNow answer it again, from the start.",
+        metadata={"help": "The teacher's prompt, with {prompt} and {feedback}."},
+    )
+    solution_template: str = field(
+        default="A solution that is right:\n\n{solution}",
+        metadata={"help": "How a successful response is shown, with {solution}."},
+    )
+    max_teacher_prompt_length: int = field(
+        default=10240, metadata={"help": "In tokens; a response whose teacher's prompt is longer has no feedback."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Required: dropout would set apart teacher and student, who share weights."}
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        positive = lambda x: is_number(x, low=0.0) and x > 0
+        whole = lambda x, low: isinstance(x, int) and not isinstance(x, bool) and x >= low
+        modes = ("e_step_mode", "e_step_position", "distillation_mode")
+        for name in (*modes, "reward_reduction", "single_class", "prior"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
+        self._require(whole(self.e_step_every, 0), "e_step_every", "must be a whole number >= 0")
+        for name in ("distillation_topk", "max_teacher_prompt_length"):
+            self._require(whole(getattr(self, name), 1), name, "must be a whole number >= 1")
+        self._require(positive(self.e_step_beta), "e_step_beta", "must be a finite number > 0")
+        for name in ("reward_clip", "distillation_is_clip"):
+            value = getattr(self, name)
+            self._require(value is None or positive(value), name, "must be a finite number > 0, or None")
+        momentum, alpha = self.shift_momentum, self.distillation_alpha
+        self._require(is_number(momentum, low=0.0) and momentum < 1, "shift_momentum", "must be a number in [0, 1)")
+        self._require(is_number(alpha, low=0.0) and alpha <= 1, "distillation_alpha", "must be a number in [0, 1]")
+        if self.distillation_mode == "sampled_token":
+            self._require(alpha == 1, "distillation_alpha", "must be 1 with distillation_mode='sampled_token'")
+        threshold = "success_reward_threshold"
+        self._require(is_number(self.success_reward_threshold), threshold, "must be a finite number")
+        self._require_places("teacher_template", "prompt", "feedback")
+        self._require_places("solution_template", "solution")
+        self._require(
+            self.disable_dropout is True, "disable_dropout", "would set apart teacher and student; leave it True"
+        )
+        if self.e_step_every:
+            steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
+            self._require(
+                steps % accumulation == 0,
+                "steps_per_generation",
+                f"must be a multiple of gradient_accumulation_steps={accumulation}: an E-step first looks at all "
+                f"rollouts of its optimizer step",
+            )
+
+    def _require_places(self, name: str, *places: str) -> None:
+        try:
+            text = getattr(self, name).format(**{place: f"<{place}>" for place in places})
+        except (AttributeError, LookupError, ValueError):
+            text = ""
+        found = all(f"<{place}>" in text for place in places)
+        names = " and ".join(f"{{{place}}}" for place in places)
+        self._require(found, name, f"must hold {names} and no other place-holder; write other braces twice")
+
+    @property
+    def needs_stale_rollouts(self) -> bool:
+        return False  # nothing is clipped
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trainer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EStep:
+    """An E-step that is about to be made. One entry a micro-batch, from before the update.
+
+    Attributes:
+        logps, entropies: (B, T) of the student.
+        ref_logps: (B, T) of the prior.
+        shift, n_pos, n_neg: over all processes.
+    """
+
+    logps: list[Tensor]
+    entropies: list[Tensor]
+    ref_logps: list[Tensor]
+    shift: float
+    n_pos: float
+    n_neg: float
+
+
+class VPDTrainer(TrustGRPOTrainer):
+    """
+    Variational policy distillation (arXiv 2605.15113) on GRPO's rollouts: see [`vpd_loss`] and [`preference_loss`].
+
+    Takes the arguments of [`trl.GRPOTrainer`]; `args` is a [`VPDConfig`], or a `GRPOConfig` for the defaults. Feedback
+    on a response is text (of the feedback function or, without one, the attribute `feedback` of the rollout's
+    environment) and another response to the same prompt that succeeded. A failure gets both, as far as they exist; a
+    success the other response, or else the text. A response with neither counts in neither step.
+
+    The teacher is the model itself on `teacher_template`, through the chat template where prompts are conversations.
+    Both sets of logits exist only for a block of tokens at a time.
+
+    Beside the metrics of [`vpd_loss`] it logs `vpd/feedback/{any,text,solution}`, fractions of responses; and with
+    each E-step, over all processes: `vpd/e_loss`, `vpd/e_accuracy` (the implicit reward is on the outcome's side of
+    the shift), `vpd/saturation` (further than 5 from it), `vpd/shift`, `vpd/reward/{pos,neg}`, `vpd/n/{pos,neg}`,
+    `vpd/kl_before_e_step` (as `vpd/kl_student_teacher`), and `vpd/e_skipped`, 1 where it was left out.
+
+    Args:
+        feedback_func (`Callable`, *optional*):
+            `feedback_func(prompts, completions, **columns) -> list[str | None]`, instead of `args.feedback_func`. It
+            is called once a generation batch on every process, with what a reward function gets: the columns of the
+            data set, `completion_ids`, `environments` if there are any; and with `rewards`, of these rows.
+
+    Raises:
+        ValueError: for `feedback_func` given twice or not found, `e_step_mode="extra"` under DeepSpeed or FSDP1,
+            images, or a conversation that does not end with the user.
+    """
+
+    config_class = VPDConfig
+    _name = "VPD"
+    _tag_names = ["trl", "trl-trust", "vpd"]
+    _paper = paper("Learning from Language Feedback via Variational Policy Distillation", "2605.15113")
+
+    def __init__(self, *args, feedback_func: FeedbackFunc | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        if feedback_func is not None and config.feedback_func is not None:
+            raise ValueError(
+                f"feedback_func={config.feedback_func!r}: the trainer was given a `feedback_func` as well; keep one."
+            )
+        self.feedback_func = load_function(config.feedback_func) if config.feedback_func else feedback_func
+        self.shift: float | None = None  # of the E-step; saved with checkpoints
+        self._e_step: EStep | None = None  # the one to be made in this optimizer step
+        self._micro_batches: list[dict[str, Any]] = []
+        self._pending: Any = None  # what the forward left for `policy_loss`
+        self._hidden = HiddenStates(self.model, self.temperature, config.cast_lm_head_to_fp32)
+        topk = config.distillation_topk if config.distillation_mode == "topk_logits" else None
+        self._divergence = partial(
+            token_divergence, alpha=config.distillation_alpha, topk=topk, tail=config.distillation_add_tail
+        )
+        if config.e_step_every and config.e_step_mode == "extra":
+            if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+                raise ValueError(
+                    "e_step_mode='extra': DeepSpeed and FSDP1 make optimizer steps themselves, and none in between; "
+                    "use e_step_mode='replace'."
+                )
+            if config.e_step_position == "after":
+                self.add_callback(_AfterStep(self))
+        self._prior_model = None
+        if config.prior == "fixed" and self.beta == 0.0 and not is_peft_model(self.model):
+            init_kwargs = {"dtype": self.model.dtype, **(config.model_init_kwargs or {})}
+            self._prior_model = self.add_frozen_model(self.model.config.name_or_path, init_kwargs)
+
+    # -- the teacher's prompts ---------------------------------------------------------------------------------------
+
+    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        tensors = rollouts.tensors
+        if "pixel_values" in tensors:
+            raise ValueError("VPD writes the teacher's prompt as text: prompts with images are not supported.")
+        rewards = rollouts.rewards.tolist()  # of all processes
+        texts, solutions = self._texts(rollouts, rewards), self._solutions(rollouts, rewards)
+        feedback = []
+        for i, row in enumerate(range(rollouts.rows.start, rollouts.rows.stop)):
+            if rewards[row] >= self.args.success_reward_threshold and solutions[i] is not None:
+                texts[i] = None  # a success needs no comment where there is another one to look at
+            if solutions[i] is not None:
+                solutions[i] = self.args.solution_template.format(solution=solutions[i])
+            feedback.append("\n\n".join(filter(None, (texts[i], solutions[i]))))
+
+        with_feedback = partial(insert_feedback, template=self.args.teacher_template)
+        prompts = [with_feedback(p, f) if f else p for p, f in zip(rollouts.prompts, feedback, strict=True)]
+        ids, mask = self.prompt_tensors(prompts)  # (n, P')
+        fits = mask.sum(1) <= self.args.max_teacher_prompt_length
+        width = ids.size(1) if fits.all() else max(1, int((mask.sum(1) * fits).max()))
+        device = tensors["completion_ids"].device
+        as_column = lambda flags: torch.tensor([[bool(x)] for x in flags], device=device) & fits[:, None]
+        has_feedback = as_column(feedback)  # (n, 1)
+
+        # Tokens of a response without feedback do not count: masked as those of a tool are, and not counted
+        mine = tensors["completion_mask"] * tensors.get("tool_mask", 1)
+        tensors["tool_mask"] = mine * has_feedback  # (n, T)
+        tensors["num_items_in_batch"] = self.accelerator.gather(tensors["tool_mask"].sum()).sum()
+
+        own = rollouts.rewards[rollouts.rows]
+        success = (own >= self.args.success_reward_threshold).float()  # (n,)
+        counts = has_feedback.squeeze(1) & ~own.isnan() & (tensors["tool_mask"].sum(1) > 0)
+        extras = {
+            "teacher_prompt_ids": ids[:, -width:],
+            "teacher_prompt_mask": mask[:, -width:],
+            "success": success.masked_fill(~counts, torch.nan),
+            "feedback": torch.cat([has_feedback, as_column(texts), as_column(solutions)], dim=1).float(),  # (n, 3)
+        }
+        if self.args.e_step_every and self.args.prior == "fixed":
+            extras["prior_logps"] = self._fixed_prior(tensors)  # (n, T)
+        return extras
+
+    def _texts(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
+        """What there is in words about each response of this process."""
+        n = len(rollouts.completions)
+        if not self.args.include_environment_feedback:
+            return [None] * n
+        if self.feedback_func is None:
+            found = [getattr(environment, "feedback", None) for environment in self.environments or [None] * n]
+        else:
+            columns = {key: [row[key] for row in rollouts.examples] for key in rollouts.examples[0]}
+            for name in ("prompt", "completion"):
+                columns.pop(name, None)
+            if self.environments is not None:
+                columns["environments"] = self.environments
+            columns |= {"completion_ids": rollouts.completion_ids, "rewards": rewards[rollouts.rows]}
+            found = self.feedback_func(prompts=rollouts.prompts, completions=rollouts.completions, **columns)
+        if len(found) != n:
+            raise ValueError(
+                f"feedback_func returned {len(found)} texts for {n} completions; it must return one each."
+            )
+        return [text if text and text.strip() else None for text in found]
+
+    def _solutions(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
+        """Another response to the same prompt that succeeded, for each response of this process."""
+        texts, first = [as_text(completion) for completion in rollouts.completions], rollouts.rows.start
+        n, size = len(texts), rollouts.num_generations
+        if not self.args.use_successful_as_teacher:
+            return [None] * n
+        if n % size != 0:  # groups are spread over processes
+            texts, first = gather_object(texts), 0
+        if self.args.remove_thinking_from_demonstration:
+            texts = [re.sub(r"(?s)<think>.*?</think>\s*", "", text) for text in texts]
+        solutions: list[str | None] = []
+        for row in range(rollouts.rows.start, rollouts.rows.stop):
+            group = range(row // size * size, row // size * size + size)
+            others = (i for i in group if i != row and rewards[i] >= self.args.success_reward_threshold)
+            other = next(others, None)
+            solutions.append(None if other is None else texts[other - first])
+        return solutions
+
+    def _fixed_prior(self, tensors: dict[str, Any]) -> Tensor:
+        if "ref_per_token_logps" in tensors:
+            return tensors["ref_per_token_logps"]
+        if self._prior_model is not None:
+            return self.score_rollouts(tensors, self._prior_model)
+        with self.model.disable_adapter():
+            return self.score_rollouts(tensors)
+
+    # -- the two steps -----------------------------------------------------------------------------------------------
+
+    def score_completions(self, model, inputs, batch_size=None):
+        if self._in_e_step:
+            part = self._step % self.args.gradient_accumulation_steps
+            self._pending, aux_loss = self._e_step_loss(model, inputs, part)
+            return self._e_step.logps[part].clone().requires_grad_(), self._e_step.entropies[part], aux_loss
+        *scored, self._pending = self._score_both(model, inputs)
+        return tuple(scored)
+
+    def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
+        pending, self._pending = self._pending, None
+        if self._in_e_step:
+            # the base divides by the accumulation, and processes average their gradients: the shares have to add up
+            parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+            return PolicyLoss(torch.zeros_like(batch.logps), batch_loss=pending * parts)
+        feedback = batch.extras["feedback"]  # (B, 3)
+        batch = replace(batch, extras={**batch.extras, **pending})
+        loss = vpd_loss(batch, **self.settings(vpd_loss))
+        names = ("vpd/feedback/any", "vpd/feedback/text", "vpd/feedback/solution")
+        return replace(loss, metrics={**loss.metrics, **dict(zip(names, feedback.split(1, dim=1), strict=True))})
+
+    @property
+    def _in_e_step(self) -> bool:
+        return self.model.training and self._e_step is not None and self.args.e_step_mode == "replace"
+
+    def _score_both(self, model, inputs) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Log-probabilities and entropies of the student, the auxiliary loss, and how far the teacher is from it.
+
+        The teacher goes first, without gradient, and leaves its hidden states (B, T, d); the student's forward
+        compares them with its own.
+        """
+        length, left = inputs["completion_ids"].size(1), {}
+        live = inputs["completion_mask"] * inputs["tool_mask"] > 0  # (B, T)
+        compares = self.args.distillation_mode != "sampled_token"
+
+        def keep(hidden: Tensor) -> None:
+            left["hidden"] = hidden
+
+        def compare(hidden: Tensor) -> None:
+            divergence = self._hidden.compare(hidden[live], left.pop("hidden")[live], self._divergence)
+            # `masked_scatter` keeps the graph when nothing is live: no process may skip a backward
+            left["divergence"] = divergence.new_zeros(live.shape).masked_scatter(live, divergence)
+
+        with torch.no_grad(), self._hidden.reading(keep, length):
+            left["teacher_logps"] = self._score(model, as_teacher(inputs), None)[0]
+        with self._hidden.reading(compare if compares else lambda hidden: None, length):
+            scored = super().score_completions(model, inputs)
+        left.pop("hidden", None)
+        return *scored, left
+
+    def _e_step_loss(self, model, inputs, part: int) -> tuple[Tensor, Tensor | None]:
+        """Share of L_E of one micro-batch (0-d), through the teacher, and the auxiliary loss."""
+        e_step = self._e_step
+        teacher_logps, _, aux_loss = self._score(
+            model, as_teacher(inputs), None, compute_aux_loss=self.aux_loss_enabled
+        )
+        reward = implicit_reward(
+            teacher_logps, e_step.ref_logps[part], live_mask(inputs), **self.settings(implicit_reward)
+        )
+        shares = preference_loss(reward, inputs["extras/success"], e_step.shift, e_step.n_pos, e_step.n_neg)
+        return shares.sum(), aux_loss
+
+    # -- the schedule ------------------------------------------------------------------------------------------------
+
+    def begin_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        self._micro_batches, self._e_step = micro_batches, None
+        every, step = self.args.e_step_every, self.state.global_step
+        if self.args.e_step_mode == "replace":
+            if every and step % (every + 1) == 0:
+                self._e_step = self._plan_e_step()
+        elif every and (step + 1) % every == 0 and self.args.e_step_position == "before":
+            self._extra_e_step()
+
+    def _extra_e_step(self) -> None:
+        """An E-step as an update of its own, at the current learning rate."""
+        self._e_step = self._plan_e_step()
+        if self._e_step is None:
+            return
+        model = self.model_wrapped
+        with self.update_of_its_own(model):
+            for part, inputs in enumerate(self._micro_batches):
+                # the M-step that follows starts from another policy than the one that generated
+                inputs.setdefault("old_per_token_logps", self._e_step.logps[part])
+                with self.compute_loss_context_manager():
+                    loss, aux_loss = self._e_step_loss(model, inputs, part)
+                    loss = loss * self.accelerator.num_processes
+                    if self.aux_loss_enabled:
+                        loss = loss + self.router_aux_loss_coef * aux_loss / len(self._micro_batches)
+                self.accelerator.backward(loss)
+            if self.args.max_grad_norm > 0:
+                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            self.optimizer.step()
+            model.zero_grad()
+        self._e_step = None
+
+    @torch.no_grad()
+    def _plan_e_step(self) -> EStep | None:
+        """Look at the optimizer step's rollouts before it; `None`, on every process, if the E-step is to be skipped.
+
+        Two host synchronizations, on the steps that an E-step is due.
+        """
+        rewards, logps, entropies, priors = [], [], [], []
+        distance = torch.zeros(2, device=self.accelerator.device)
+        for inputs in self._micro_batches:
+            student, entropy, _, left = self._score_both(self.model, inputs)
+            prior = inputs.get("extras/prior_logps", student)
+            mask = live_mask(inputs)
+            rewards.append(implicit_reward(left["teacher_logps"], prior, mask, **self.settings(implicit_reward)))
+            kl = left.get("divergence", student - left["teacher_logps"])
+            distance += torch.stack([(kl * mask).sum(), mask.sum()])
+            logps.append(student), entropies.append(entropy), priors.append(prior)
+        reward = torch.cat(rewards)
+        success = torch.cat([inputs["extras/success"] for inputs in self._micro_batches])
+
+        total = self.accelerator.reduce(torch.cat([class_sums(reward, success), distance])).tolist()
+        reward_pos, n_pos, reward_neg, n_neg, kl, tokens = total
+        self.shift = next_shift(total[:4], self.shift, self.args.shift_momentum)
+        one_class_will_do = self.args.single_class == "use" and n_pos + n_neg > 0
+        skip = self.shift is None or not (n_pos * n_neg > 0 or one_class_will_do)
+        self.log_value("vpd/e_skipped", float(skip))
+        if skip:
+            return None
+
+        margin, counted = reward - self.shift, ~success.isnan()
+        right = ((margin > 0) == (success == 1)) & counted
+        loss = preference_loss(reward, success, self.shift, n_pos, n_neg).sum()
+        shares = torch.stack([loss, right.sum(), ((margin.abs() > SATURATED) & counted).sum()])
+        loss, right, saturated = self.accelerator.reduce(shares).tolist()
+        n = n_pos + n_neg
+        values = {"e_loss": loss, "e_accuracy": right / n, "saturation": saturated / n, "shift": self.shift}
+        values |= {"n/pos": n_pos, "n/neg": n_neg, "kl_before_e_step": kl / max(tokens, 1)}
+        values |= {"reward/pos": reward_pos / n_pos} if n_pos else {}
+        values |= {"reward/neg": reward_neg / n_neg} if n_neg else {}
+        for name, value in values.items():
+            self.log_value(f"vpd/{name}", value)
+        return EStep(logps, entropies, priors, self.shift, n_pos, n_neg)
+
+    def method_state(self) -> dict[str, Any]:
+        return {} if self.shift is None else {"shift": self.shift}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        self.shift = state["shift"]
+
+
+class _AfterStep(TrainerCallback):
+    """The E-step of `e_step_position="after"`."""
+
+    def __init__(self, trainer: VPDTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.e_step_every == 0:
+            self.trainer._extra_e_step()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Words and prompts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def as_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same completions after the teacher's prompts."""
+    prompts = {name: inputs[f"extras/teacher_{name}"] for name in ("prompt_ids", "prompt_mask")}
+    return {**inputs, **prompts}
+
+
+def live_mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, T) tokens that the model wrote, of responses that have feedback."""
+    return (inputs["completion_mask"] * inputs["tool_mask"]).float()
+
+
+def insert_feedback(prompt: str | list[dict], feedback: str, template: str) -> str | list[dict]:
+    """The teacher's prompt: `template` in the place of the text or of the last message, which must be the user's."""
+    if isinstance(prompt, str):
+        return template.format(prompt=prompt, feedback=feedback)
+    *before, last = prompt
+    if last["role"] != "user":
+        raise ValueError(
+            f"a prompt ends with a message of role {last['role']!r}: VPD writes feedback into the last message, which "
+            f"must be the user's."
+        )
+    return [*before, {**last, "content": template.format(prompt=as_text([last]), feedback=feedback)}]
+
+
+def as_text(completion: str | list[dict]) -> str:
+    """Text, or what messages say, tool calls and results left out."""
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") or "" for message in completion if message["role"] != "tool"]
+    parts = [
+        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        for content in contents
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def load_function(path: str) -> Callable:
+    """Import `package.module.function`; the working directory is searched too.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"feedback_func={path!r} cannot be imported: {error}; give package.module.function."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"feedback_func={path!r} is a {type(found).__name__}; give the path of a function.")
+    return found
