@@ -25,6 +25,7 @@ for _method in METHODS:
 
 if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
+    from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss

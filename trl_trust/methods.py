@@ -125,6 +125,17 @@ METHODS: tuple[Method, ...] = (
         summary="no ratio: regresses tau log(new / old) of a whole response on its reward minus a baseline",
         loss="opmd_loss",
     ),
+    Method(
+        name="vpd",
+        title="VPD",
+        module="trl_trust.distill.vpd",
+        trainer="VPDTrainer",
+        config="VPDConfig",
+        paper="2605.15113",
+        grade="structure confirmed",
+        summary="self-distillation from feedback, whose reading is trained on the outcomes",
+        loss="vpd_loss",
+    ),
 )
 
 
