@@ -75,27 +75,34 @@ def pairs():
         lambda d: fismo("eigh")(parameters([(2048, 2048)], d)),
     )
     rows["fismo_root"] = (
-        "one factor of 2048 only: Cholesky root and two triangular solves / eigh root and two products",
+        "root of one factor of 2048: Cholesky / eigh",
         1 / 20,
-        lambda d: Roots("cholesky", d),
-        lambda d: Roots("eigh", d),
+        lambda d: Root("cholesky", d),
+        lambda d: Root("eigh", d),
+    )
+    rows["fismo_whitening"] = (
+        "the same and a gradient whitened, there and back: two triangular solves / two products",
+        1 / 20,
+        lambda d: Root("cholesky", d, use=True),
+        lambda d: Root("eigh", d, use=True),
     )
     return rows
 
 
-class Roots:
-    """What a refresh of FISMO does for one factor: find a root of it and whiten a gradient, there and back."""
+class Root:
+    """What FISMO does with one factor: find a root at a refresh and, if `use`, whiten a gradient at a step."""
 
-    def __init__(self, kind, device):
+    def __init__(self, kind, device, use=False):
         x = parameters([(2048, 2048)], device)[0].grad
-        self.kind, self.grad = kind, x
+        self.kind, self.grad, self.use = kind, x, use
         self.factor = x @ x.T * (2048 / x.square().sum()) + 1e-2 * torch.eye(2048, device=device)
 
     def step(self):
         from trl_trust.optim.fismo import inverse_root, unwhiten, whiten
 
         root, _ = inverse_root(self.factor, self.kind, 1e-8)
-        unwhiten(root, whiten(root, self.grad, self.kind), self.kind)
+        if self.use:
+            unwhiten(root, whiten(root, self.grad, self.kind), self.kind)
 
 
 def timer(device):
