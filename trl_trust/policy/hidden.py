@@ -124,9 +124,9 @@ class _BlockwiseDivergence(torch.autograd.Function):
                     grad_bias += grad.sum(0)
                 grad = grad.to(hidden.dtype)
                 for out in grad_h:
-                    out += grad @ w
+                    _add_product(out, grad, w)
                 if grad_weight is not None:
-                    grad_weight += grad.t() @ h
+                    _add_product(grad_weight, grad.t(), h)
         cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
         return cast(grad_hidden, hidden), None, cast(grad_weight, weight), cast(grad_bias, bias), None, None
 
@@ -139,6 +139,14 @@ def _blocks(*rows: Tensor, weight: Tensor):
     """Split tensors with N rows in unison, so that the logits of a block stay within [`BLOCK`]."""
     size = max(1, BLOCK // weight.size(0))
     return zip(*(x.split(size) for x in rows if len(x)), strict=True)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in the dtype of `total` where the device can: blocks rounded to bfloat16 add up to a bias."""
+    if total.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # torch 2.8, CUDA only
+    else:
+        total += a @ b
 
 
 def _projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
