@@ -136,6 +136,17 @@ METHODS: tuple[Method, ...] = (
         summary="self-distillation from feedback, whose reading is trained on the outcomes",
         loss="vpd_loss",
     ),
+    Method(
+        name="trpa",
+        title="TRPA",
+        module="trl_trust.policy.trpa",
+        trainer="TRPATrainer",
+        config="TRPAConfig",
+        paper="2504.04524",
+        grade="exact",
+        summary="a DPO-like loss on pairs of preference levels in place of advantages; a small KL to the old policy",
+        loss="trpa_loss",
+    ),
 )
 
 
