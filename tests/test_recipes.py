@@ -19,6 +19,8 @@ RECIPES = cli.recipes()
 ON_A_CPU = {"use_cpu": True, "bf16": False, "dtype": "float32", "use_vllm": False, "report_to": "none"}
 SMALL = {
     "dataset_config": None,
+    "dataset_train_split": "train",
+    "prompt_column": "prompt",
     "max_steps": 2,
     "save_strategy": "no",
     "disable_tqdm": True,
@@ -58,7 +60,8 @@ def tiny(tmp_path_factory) -> dict[str, str]:
         pad_token_id=0,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    rows = [{"prompt": f"{a} + 1 = ?", "solution": str(a + 1)} for a in range(8)]
+    puzzle = {"solution_text_format": "(1) Zoey is a knave"}
+    rows = [{"prompt": f"{a} + 1 = ?", "solution": str(a + 1), **puzzle} for a in range(8)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {"model": str(folder / "model"), "data": str(folder / "train.jsonl")}
 
