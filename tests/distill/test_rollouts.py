@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -184,6 +185,34 @@ def test_scores_of_another_policy(written, tiny_model_path, tmp_path):
         score_rollouts(folder, "old", other)
 
 
+def test_vllm_is_asked_for_the_same_samples(written, tiny_model_path, tmp_path, monkeypatch):
+    """With an engine in vLLM's place that answers what the model's own `generate` has answered."""
+    answers = {tuple(row["prompt_ids"]): [] for row in load_rollouts(written)}
+    for row in load_rollouts(written):
+        answers[tuple(row["prompt_ids"])].append(row["completion_ids"])
+    made, asked = [], []
+
+    class LLM:
+        def __init__(self, **kwargs):
+            made.append(kwargs)
+
+        def generate(self, requests, settings, use_tqdm):
+            asked.extend(settings)
+            outputs = [answers[tuple(request["prompt_token_ids"])] for request in requests]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids) for ids in rows]) for rows in outputs]
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: SimpleNamespace(**kwargs))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    folder = write(tiny_model_path, tmp_path, use_vllm=True, vllm_max_model_length=32, top_p=0.9)
+    assert contents(folder) == contents(written)
+    assert len(made) == 1 and made[0]["model"] == tiny_model_path and made[0]["max_model_len"] == 32
+    assert made[0]["dtype"] == torch.float32 and made[0]["distributed_executor_backend"] is None
+    assert all((s.n, s.max_tokens, s.top_p, s.stop_token_ids) == (3, 8, 0.9, [1]) for s in asked)
+    assert len({s.seed for s in asked}) == len(asked) == 5  # no two prompts share their noise
+    with pytest.raises(ValueError, match="use_vllm=True: vLLM loads the model itself"):
+        write(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "x", use_vllm=True)
+
+
 # -- log-probabilities ------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +299,7 @@ def test_bad_rollouts_raise(columns, message):
         ("temperature", float("nan"), "finite number > 0"),
         ("top_p", 0.0, r"in \(0, 1\]"),
         ("top_k", -1, "whole number >= 0"),
+        ("vllm_gpu_memory_utilization", 1.5, r"in \(0, 1\]"),
     ],
 )
 def test_bad_settings_raise(field, value, message):

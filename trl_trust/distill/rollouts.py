@@ -58,6 +58,12 @@ class RolloutsConfig:
             Responses in one forward pass for log-probabilities.
         reward_weights (`list[float]`, *optional*):
             One weight a reward function; `None` for all 1.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Sample with vLLM, an engine in each process, beside the model that computes log-probabilities.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.5`):
+            Share of the device that the engine takes.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt and response that the engine has to hold; `None` for the model's own.
         seed (`int`, *optional*, defaults to `42`):
             Of the choice of prompts and of the sampling.
         use_cpu (`bool`, *optional*, defaults to `False`):
@@ -81,6 +87,14 @@ class RolloutsConfig:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight a reward function; unset: all 1."}
     )
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM, an engine in each process."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.5,
+        metadata={"help": "Share of the device that vLLM takes; the model for log-probabilities has the rest."},
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt and response that vLLM has to hold; unset: the model's own."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the choice of prompts and of the sampling."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is an accelerator."})
 
@@ -96,8 +110,9 @@ class RolloutsConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number >= {low}.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r} must be a finite number > 0.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r} must be in (0, 1].")
+        for name in ("top_p", "vllm_gpu_memory_utilization"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be in (0, 1].")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,6 +237,8 @@ def write_rollouts(
     """
     rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
     weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
+    if config.use_vllm and not isinstance(model, str):
+        raise ValueError("use_vllm=True: vLLM loads the model itself; give an id or a folder instead of a model.")
     if len(weights) != len(rewards):
         raise ValueError(
             f"reward_weights={weights!r} must have one number for each of {len(rewards)} reward functions."
@@ -231,18 +248,26 @@ def write_rollouts(
     prompts = dataset.shuffle(seed=config.seed).select(range(config.num_prompts))
     model_id = model if isinstance(model, str) else get_config_model_id(model.config)
     # What the content depends on; the batch size of the log-probabilities, say, is not part of it.
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "logps_batch_size", "use_cpu")}
+    apart = ("output_dir", "logps_batch_size", "use_cpu", "vllm_gpu_memory_utilization", "vllm_max_model_length")
+    settings = {k: v for k, v in asdict(config).items() if k not in apart}
     names = [getattr(f, "__name__", str(f)) for f in rewards]
     folder = claim(config.output_dir, "settings", {"model": model_id, "reward_funcs": names, **settings})
 
     def build() -> Callable[[int], dict[str, list]]:
         policy = load_policy(model, config.use_cpu, model_init_kwargs)
         tokenizer = AutoTokenizer.from_pretrained(model_id) if processing_class is None else processing_class
+        ends = policy.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        if config.use_vllm:
+            generate = _vllm_generate(model_id, config, ends, policy.dtype)
+        else:
+            generate = _generate(policy, tokenizer, config, ends)
 
         def make(part: int) -> dict[str, list]:
             first = part * config.prompts_per_part
             rows = prompts.select(range(first, min(first + config.prompts_per_part, config.num_prompts))).to_list()
-            table = _sample(policy, tokenizer, [row["prompt"] for row in rows], config, part)
+            seed = int(np.random.SeedSequence([config.seed, part]).generate_state(1)[0])
+            table = _sample(generate, tokenizer, [row["prompt"] for row in rows], config.num_generations, ends, seed)
             table["group"] = [first + i for i in range(len(rows)) for _ in range(config.num_generations)]
             table["reward"] = _rewards(rewards, weights, rows, table, config.num_generations)
             table["base_logps"] = completion_logps(
@@ -359,46 +384,92 @@ def as_rows(table: Mapping[str, Sequence]) -> list[dict[str, Any]]:
     return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 
-def _sample(policy: PreTrainedModel, tokenizer, prompts: list, config: RolloutsConfig, part: int) -> dict[str, list]:
-    """`num_generations` responses to each prompt, as columns; they depend on the seed and the part's number only."""
-    G = config.num_generations
+def _generate(
+    policy: PreTrainedModel, tokenizer, config: RolloutsConfig, ends: int | list[int]
+) -> Callable[[list[list[int]], int], list[list[int]]]:
+    """What answers prompts, token ids, with `num_generations` responses each, by the model's own `generate`."""
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        num_return_sequences=config.num_generations,
+        max_new_tokens=config.max_completion_length,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+
+    @torch.no_grad()
+    def generate(prompt_ids: list[list[int]], seed: int) -> list[list[int]]:
+        width = max(map(len, prompt_ids))
+        input_ids = torch.zeros(len(prompt_ids), width, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(prompt_ids):
+            input_ids[i, width - len(row) :], attention_mask[i, width - len(row) :] = torch.as_tensor(row), 1
+        device, was_training, models_own = policy.device, policy.training, policy.generation_config
+        policy.eval()
+        # Set, not passed: `generate` fills the gaps of a passed one from the model's own (repetition_penalty)
+        policy.generation_config = settings
+        try:
+            with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+                torch.manual_seed(seed)
+                sequences = policy.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
+        finally:
+            policy.generation_config = models_own
+            policy.train(was_training)
+        return sequences[:, width:].tolist()  # (n*G, T)
+
+    return generate
+
+
+def _vllm_generate(
+    model_id: str, config: RolloutsConfig, ends: int | list[int], dtype: torch.dtype
+) -> Callable[[list[list[int]], int], list[list[int]]]:
+    """The same by vLLM, whose batches may round differently from run to run: equal seeds, nearly equal samples."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=model_id,
+        dtype=dtype,
+        seed=config.seed,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_len=config.vllm_max_model_length,
+        # an engine of its own in each process that a launcher has started
+        distributed_executor_backend="external_launcher" if PartialState().num_processes > 1 else None,
+        generation_config="vllm",  # not the sampling settings that come with the model
+    )
+
+    def generate(prompt_ids: list[list[int]], seed: int) -> list[list[int]]:
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompt_ids)).tolist()  # one a prompt
+        settings = [
+            SamplingParams(
+                n=config.num_generations,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_tokens=config.max_completion_length,
+                stop_token_ids=[ends] if isinstance(ends, int) else ends,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        requests = [{"prompt_token_ids": row} for row in prompt_ids]
+        answers = engine.generate(requests, settings, use_tqdm=False)
+        return [list(output.token_ids) for answer in answers for output in answer.outputs]
+
+    return generate
+
+
+def _sample(generate, tokenizer, prompts: list, G: int, ends: int | list[int], seed: int) -> dict[str, list]:
+    """`G` responses to each prompt, as columns."""
     if isinstance(prompts[0], str):
         ids = tokenizer(prompts)["input_ids"]
     else:
         texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
-    width = max(map(len, ids))
-    input_ids = torch.zeros(len(ids), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(ids):
-        input_ids[i, width - len(row) :], attention_mask[i, width - len(row) :] = torch.as_tensor(row), 1
-
-    model_config = policy.generation_config
-    ends = tokenizer.eos_token_id if model_config.eos_token_id is None else model_config.eos_token_id
-    # Set, not passed: `generate` fills the gaps of a passed one from the model's own (repetition_penalty)
-    policy.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        num_return_sequences=G,
-        max_new_tokens=config.max_completion_length,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    device, was_training = policy.device, policy.training
-    policy.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, part]).generate_state(1)[0]))
-            sequences = policy.generate(input_ids.to(device), attention_mask=attention_mask.to(device))  # (n*G, P+T)
-    finally:
-        policy.generation_config = model_config
-        policy.train(was_training)
-
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    stops = {ends} if isinstance(ends, int) else set(ends)
     completion_ids, truncated = [], []
-    for row in sequences[:, width:].tolist():
+    for row in generate(ids, seed):
         end = next((t + 1 for t, token in enumerate(row) if token in stops), None)
         completion_ids.append(np.asarray(row[:end], dtype=np.int32))
         truncated.append(end is None)
