@@ -72,6 +72,6 @@ def run(
 if __name__ == "__main__":
     output_dir, model_path, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
-    for name in names or [m.name for m in METHODS]:
+    for name in names or [m.name for m in METHODS if m.script is None]:
         parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
         torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")

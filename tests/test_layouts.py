@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl_trust.methods import METHODS
 
 
-NAMES = [method.name for method in METHODS]
+NAMES = [method.name for method in METHODS if method.script is None]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from trl_trust import cli, script
 from trl_trust.methods import METHODS, get_method
 
 
-RECIPES = cli.recipes()
+# a method with a script of its own has recipes of its own form, which its tests run
+RECIPES = {name: path for name, path in cli.recipes().items() if get_method(name.split("/")[0]).script is None}
 
 # Put in place of what needs a GPU, the network or time. Everything else is as the recipe has it.
 ON_A_CPU = {"use_cpu": True, "bf16": False, "dtype": "float32", "use_vllm": False, "report_to": "none"}
@@ -93,7 +94,7 @@ def trainers_run(monkeypatch) -> list:
 
 
 def test_every_method_has_a_recipe():
-    assert {name.split("/")[0] for name in RECIPES} >= {method.name for method in METHODS}
+    assert {name.split("/")[0] for name in cli.recipes()} >= {method.name for method in METHODS}
 
 
 @pytest.mark.parametrize("name", RECIPES)

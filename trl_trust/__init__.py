@@ -18,13 +18,29 @@ _EXPORTS = {
     "Rollouts": "trl_trust.policy.base",
     "TrustGRPOConfig": "trl_trust.policy.base",
     "TrustGRPOTrainer": "trl_trust.policy.base",
+    "ERPDTeacherTrainer": "trl_trust.distill.erpd",
+    "erpd_signal": "trl_trust.distill.erpd",
+    "erpd_teacher_loss": "trl_trust.distill.erpd",
+    "RolloutsConfig": "trl_trust.distill.rollouts",
+    "load_rollouts": "trl_trust.distill.rollouts",
+    "score_rollouts": "trl_trust.distill.rollouts",
+    "write_rollouts": "trl_trust.distill.rollouts",
 }
 for _method in METHODS:
     for _name in (_method.trainer, _method.config, _method.loss):
         _EXPORTS[_name] = _method.module
 
 if TYPE_CHECKING:
+    from .distill.erpd import (
+        ERPDConfig,
+        ERPDTeacherTrainer,
+        ERPDTrainer,
+        erpd_signal,
+        erpd_student_loss,
+        erpd_teacher_loss,
+    )
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
+    from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss

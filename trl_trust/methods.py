@@ -104,6 +104,18 @@ METHODS: tuple[Method, ...] = (
         loss="dhpo_loss",
     ),
     Method(
+        name="erpd",
+        title="ERPD",
+        module="trl_trust.distill.erpd",
+        trainer="ERPDTrainer",
+        config="ERPDConfig",
+        paper="2605.25582",
+        grade="reconstruction",
+        summary="over-trains a teacher on frozen rollouts, then distils its token signal inside a trust region",
+        loss="erpd_student_loss",
+        script="trl_trust.distill.rounds",
+    ),
+    Method(
         name="mdpo",
         title="MDPO",
         module="trl_trust.policy.mdpo",

@@ -79,7 +79,7 @@ def test_bad_arguments_are_refused_by_the_parser(argv, capsys):
 
 
 def test_every_method_may_be_named():
-    for method in METHODS:
+    for method in (m for m in METHODS if m.script is None):
         assert run.parse(["--method", method.name]).method == [method.name]
 
 

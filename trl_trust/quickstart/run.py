@@ -196,7 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="Train a tiny model to add, with stock GRPO and with a method of this package, and compare them. "
         "No download, no GPU, two to three minutes.",
     )
-    names = [BASELINE, *(m.name for m in METHODS)]
+    names = [BASELINE, *(m.name for m in METHODS if m.script is None)]
     parser.add_argument(
         "--method",
         nargs="+",
