@@ -137,8 +137,8 @@ def test_a_linear_called_gate_is_a_router_only_beside_experts():
 
 
 def test_a_classifier_is_outside_the_backbone():
-    reasons = {r.name: r.reason for r in route(LlamaForSequenceClassification(LLAMA))}
-    assert reasons["score.weight"] == "outside the backbone"
+    routes = {r.name: r for r in route(LlamaForSequenceClassification(LLAMA))}
+    assert (routes["score.weight"].rule, routes["score.weight"].reason) == ("adamw", "outside the backbone")
 
 
 def test_other_modules_go_to_adamw():
