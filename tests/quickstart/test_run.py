@@ -25,7 +25,7 @@ def test_both_runs_are_measured_from_one_start(smoke):
     assert report["results"]["start"]["kl"] == 0.0
     for name in ("grpo", "dispo"):
         row = report["results"][name]
-        assert set(row) == {"reward", "pass@1", "pass@8", "greedy", "entropy", "kl", "seconds"}
+        assert set(row) == {"reward", "pass@1", "pass@8", "greedy", "entropy", "kl", "seconds", "cpu_seconds"}
         assert row["kl"] > 0, "the policy has not moved"
         assert [record["step"] for record in report["history"][name]] == [1, 2, 3, 4]
     # Both sample their first generation from the same weights with the same seed.
@@ -54,6 +54,15 @@ def test_same_seed_same_bits(smoke, tmp_path):
         weights = "model.safetensors"
         assert (tmp_path / name / weights).read_bytes() == (folder / name / weights).read_bytes()
     assert not (tmp_path / "dispo").exists()
+
+
+def test_a_method_with_a_teacher_gets_one(smoke, tmp_path):
+    folder, _ = smoke
+    assert run.main(["--smoke", "--steps", "1", "--method", "rlad", "--output-dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(report["results"]) == ["start", "teacher", "grpo", "rlad"]
+    assert report["results"]["teacher"]["kl"] > 0.01
+    assert not (folder / "teacher").exists()
 
 
 def test_without_matplotlib_it_says_so_and_goes_on(monkeypatch, tmp_path):
