@@ -1,0 +1,61 @@
+"""The pre-training benchmark in miniature: cells are stored one by one, not run twice, and reported."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pretraining_resumes_cell_by_cell(tmp_path, monkeypatch, capsys):
+    script, path = load_script("pretrain_small"), tmp_path / "results.json"
+    ran = []
+    run_cell = script.run_cell
+    monkeypatch.setattr(script, "run_cell", lambda *args: ran.append(args[:3]) or run_cell(*args))
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["pretrain_small.py", "--smoke", "--json", str(path), *words])
+        script.main()
+
+    call("--methods", "adamw", "auon")
+    call("--methods", "adamw", "auon", "hybrid_auon")
+    assert [method for method, _, _ in ran] == ["adamw", "auon", "hybrid_auon"]
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) == 3 and all(math.isfinite(cell["val_loss"]) and len(cell["curve"]) == 2 for cell in cells)
+    assert path.with_suffix(".svg").stat().st_size > 0
+    assert path.with_suffix(".md").read_text().count("\n| ") == 4
+    assert f"{cells[1]['val_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    script, path = load_script("pretrain_small"), tmp_path / "results.json"
+    path.write_text(json.dumps({"settings": script.FULL, "cells": []}))
+    with pytest.raises(SystemExit, match="other settings"):
+        script.load(path, script.SMOKE)
+
+
+def test_a_cell_is_reproducible_and_its_text_too():
+    script = load_script("pretrain_small")
+    first, second = (script.run_cell("hybrid_auon", 0.1, 3, script.SMOKE) for _ in range(2))
+    assert first["curve"] == second["curve"]
+    assert script.text(500, 1) == script.text(500, 1) != script.text(500, 2)
+    assert set(script.text(50_000, 1)) <= set(script.ALPHABET)
+
+
+def test_a_diverged_cell_is_kept_and_never_best():
+    script = load_script("pretrain_small")
+    cell = script.run_cell("adamw", 1e30, 0, script.SMOKE)
+    assert cell["val_loss"] == math.inf and cell["diverged"] > 1
+    rates = {1e30: [cell], 0.1: [{"val_loss": 2.0}]}
+    assert script.best_rate(rates) == 0.1
