@@ -7,9 +7,11 @@ import warnings
 import pytest
 import test_fsdp2
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tram_distributed import spawn
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -566,7 +568,8 @@ def test_a_trainer_learns_and_resumes_exactly(optim_args, tiny_model_path, tmp_p
     assert any(max(numbers.values()) > 1.1 for numbers in fismo.condition_numbers().values())
 
 
-def sharded_is_one_process():
+def sharded_is_one_process(rank):
+    dist.init_process_group("gloo", rank=rank, world_size=test_fsdp2.WORLD)
     for options in ({}, {"root": "cholesky", "momentum_space": "param", "update_interval": 2}):
         make = lambda model, options=options: FISMO(model, lr=0.1, **options)
         expected, _ = test_fsdp2.run_single(make)
@@ -579,4 +582,4 @@ def sharded_is_one_process():
 
 
 def test_fsdp2_equals_one_process():
-    test_fsdp2.spawn(sharded_is_one_process)
+    spawn(sharded_is_one_process)
