@@ -1,0 +1,450 @@
+"""ALP: adaptive layerwise perturbation (arXiv 2603.19470).
+
+Nearest TRL loss: the clipped `dapo` term with vLLM correction. ALP drops correction factor and proximal policy: there
+is one ratio, whose numerator is the trained model with small learnable Gaussian noise at every layer, and whose
+denominator is the sampler's own log-probability.
+
+Provenance: **exact** for noise and loss, from the authors' code (`amazon-science/adaptive-layerwise-perturbation`,
+`Chenluye99/Adaptive-Layerwise-Perturbation`: `patch_qwen2.py`, `fsdp_workers.py`, `core_algos.py`). Their sources
+contradict each other on the initial noise (1e-8 to 2e-2), so ours is a choice. Addition in float32, hashed seeds,
+scales outside the model and the warning when the noise does nothing are ours.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+
+from .base import (
+    LOG_RATIO_LIMIT,
+    PolicyBatch,
+    PolicyLoss,
+    Rollouts,
+    TrustGRPOConfig,
+    TrustGRPOTrainer,
+    _masked_quantiles,
+    clipped_surrogate,
+    is_number,
+    paper,
+)
+
+
+logger = get_logger(__name__)
+
+# mean KL(clean || perturbed) a token below which the noise does nothing: float32 rounding makes about 1e-12
+NO_EFFECT = 1e-10
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def alp_loss(
+    batch: PolicyBatch,
+    *,
+    ratio_mode: str = "sequence",
+    epsilon: float = 0.5,
+    epsilon_high: float = 3.0,
+    dual_clip: float | None = 3.0,
+) -> PolicyLoss:
+    """`max(-A ratio, -A clip(ratio, 1 - epsilon, 1 + epsilon_high))`, for A < 0 at most `-A dual_clip`.
+
+    `batch.logps` are the perturbed model's, and the ratio is to the sampler (`batch.sampler_logps`). With d the
+    log-ratio of a token, the log of the ratio at token t is, by `ratio_mode`:
+
+    - `"token"`: d_t;
+    - `"sequence"`: the sum of d over the response's live tokens, shared by all of them;
+    - `"geometric"`: that sum over their number;
+    - `"cumulative"`: the sum over the live tokens up to t.
+
+    In the last three the sum is a constant, and the gradient of an unclipped token is `-A ratio` for its own `logps`.
+
+    Returns:
+        per-token loss (B, T); metrics `alp/clip_ratio/{low,high,dual}` (fractions of the live tokens that each bound
+        stops), `alp/ratio/{p02,p98,max}`.
+    """
+    advantages = batch.advantages  # (B, 1) or (B, T)
+    log_ratio = batch.logps - batch.sampler_logps  # (B, T)
+    if ratio_mode != "token":
+        live = log_ratio.detach() * batch.mask
+        total = live.cumsum(-1) if ratio_mode == "cumulative" else live.sum(-1, keepdim=True)
+        if ratio_mode == "geometric":
+            total = total / batch.mask.sum(-1, keepdim=True).clamp(min=1.0)
+        log_ratio = total + (batch.logps - batch.logps.detach())
+    ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
+
+    per_token_loss = clipped_surrogate(ratio, advantages, epsilon, epsilon_high)
+    above = torch.zeros_like(ratio)
+    if dual_clip is not None:
+        ceiling = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+        above = (per_token_loss > ceiling).float()
+        per_token_loss = torch.minimum(per_token_loss, ceiling)
+
+    p02, p98 = _masked_quantiles(ratio.detach(), batch.mask > 0, (0.02, 0.98))
+    return PolicyLoss(
+        per_token_loss,
+        {
+            "alp/clip_ratio/low": ((ratio < 1 - epsilon) & (advantages < 0)).float(),
+            "alp/clip_ratio/high": ((ratio > 1 + epsilon_high) & (advantages > 0)).float(),
+            "alp/clip_ratio/dual": above,
+            "alp/ratio/p02": p02,
+            "alp/ratio/p98": p98,
+            "alp/ratio/max": ratio,
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Noise
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a causal language model, PEFT or not, in order; of a multimodal one, its text tower's.
+
+    They are found by structure: of the lists of modules that are as long as the config's `num_hidden_layers`, it is
+    the one with the most parameters.
+
+    Raises:
+        ValueError: if there is no such list.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    depth = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [m for m in causal_lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not stacks:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no list of {depth} decoder layers (num_hidden_layers) to perturb: set "
+            f"perturbation_sigma=0 to train without noise."
+        )
+    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
+
+
+def noise_seed(*key: int) -> int:
+    """A 63-bit seed of (base seed, step, micro-step, rank, layer); hashed, since sums of them would collide."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class _AddNoise(torch.autograd.Function):
+    """`hidden + exp(log_sigma) eps`, eps drawn from `seed` with the shape of `hidden`, added in float32 or better.
+
+    The backward draws eps again: kept, it would take as much memory as the hidden states in float32, at every layer.
+    """
+
+    @staticmethod
+    def draw(like: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(like.device).manual_seed(seed)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=dtype)
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, log_sigma: Tensor, seed: int) -> Tensor:
+        ctx.save_for_backward(log_sigma)
+        ctx.seed = seed
+        return _AddNoise.draw(hidden, seed).mul_(log_sigma.exp()).add_(hidden).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_log_sigma = None
+        if ctx.needs_input_grad[1]:
+            (log_sigma,) = ctx.saved_tensors
+            noise = _AddNoise.draw(grad, ctx.seed)
+            grad_log_sigma = (log_sigma.exp() * noise.mul_(grad).sum()).to(log_sigma.dtype)
+        return grad, grad_log_sigma, None
+
+
+class LayerNoise:
+    """Noise on what enters decoder layers, hence on the residual stream; off unless [`on`] was called last.
+
+    The scales are one tensor outside the model. Inside, they would be among the weights that are saved and sent to
+    vLLM, in the norm that gradients are clipped by, and in the way of optimizers that tell parameters apart by their
+    modules and of all that shards, casts or flattens parameters. In exchange the trainer averages their gradient over
+    processes, and saves them.
+
+    Args:
+        layers: the decoder layers of the model.
+        indices: those to perturb; their order is that of the scales.
+        sigma: initial scale of each.
+        learn: whether the scales require gradient.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], indices: Sequence[int], sigma: float, learn: bool, device):
+        self.log_sigma = torch.full((len(indices),), math.log(sigma), device=device).requires_grad_(learn)  # (K,)
+        self._key: tuple[int, ...] | None = None
+        for k, index in enumerate(indices):
+            layers[index].register_forward_pre_hook(partial(self._perturb, k, index), with_kwargs=True)
+
+    def on(self, *key: int) -> None:
+        """Perturb the forwards that follow. The same key gives the same noise, in a forward that is checkpointed and
+        made again in the backward too."""
+        self._key = key
+
+    def off(self) -> None:
+        self._key = None
+
+    def _perturb(self, k: int, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if self._key is None:
+            return None
+        # transformers passes the hidden states first, by position or by name
+        hidden = args[0] if args else kwargs["hidden_states"]
+        log_sigma = self.log_sigma[k].to(hidden.device)  # a model may be spread over devices
+        noisy = _AddNoise.apply(hidden, log_sigma, noise_seed(*self._key, index))
+        return ((noisy, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": noisy})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Config and trainer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ALPConfig(TrustGRPOConfig):
+    r"""
+    Configuration of [`ALPTrainer`]: every field of [`TrustGRPOConfig`], the noise and the form of the ratio.
+
+    Parameters:
+        perturbation_sigma (`float`, *optional*, defaults to `1e-2`):
+            Initial standard deviation of the noise at every layer, >= 0, in units of the residual stream. 0: no noise,
+            the "bypass" baseline.
+        learn_sigma (`bool`, *optional*, defaults to `True`):
+            Whether the scales are trained. Set to `False` where `perturbation_sigma` is 0.
+        sigma_learning_rate (`float`, *optional*, defaults to `5e-4`):
+            Learning rate, > 0, of the logarithms of the scales (Adam without weight decay, on the trainer's schedule).
+        perturbation_layers (`list[int]`, *optional*):
+            Layers to perturb, negative ones counted from the last. `None`: all.
+        sigma_max (`float`, *optional*):
+            Upper bound of the scales, at least `perturbation_sigma` and > 0. `None`: none, as in the paper.
+        ratio_mode (`str`, *optional*, defaults to `"sequence"`):
+            `"token"`, `"sequence"`, `"geometric"` or `"cumulative"`; see [`alp_loss`].
+        epsilon (`float`, *optional*, defaults to `0.5`):
+            TRL's field with another default: width of the band below 1, from 0 to 1.
+        epsilon_high (`float`, *optional*, defaults to `3.0`):
+            TRL's field with another default: width above 1, >= 0, `inf` allowed.
+        dual_clip (`float`, *optional*, defaults to `3.0`):
+            Ceiling, > 1, of the loss for A < 0, in units of -A. `None`: none.
+        perturbation_seed (`int`, *optional*, defaults to `0`):
+            Base of the seeds of the noise.
+
+    Raises:
+        ValueError: for values outside the above, `fp16` with learned scales, or `delta` or `importance_sampling_level`
+            other than TRL's default.
+    """
+
+    unread_fields: ClassVar[dict[str, str]] = {
+        **TrustGRPOConfig.unread_fields,
+        "delta": "use `dual_clip`",
+        "importance_sampling_level": "use `ratio_mode`",
+    }
+
+    perturbation_sigma: float = field(
+        default=1e-2, metadata={"help": "Initial standard deviation of the noise at every layer. 0: no noise."}
+    )
+    learn_sigma: bool = field(default=True, metadata={"help": "Whether the scales of the noise are trained."})
+    sigma_learning_rate: float = field(
+        default=5e-4, metadata={"help": "Learning rate of the logarithms of the scales."}
+    )
+    perturbation_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers to perturb, negative ones counted from the last. Default: all."}
+    )
+    sigma_max: float | None = field(default=None, metadata={"help": "Upper bound of the scales. Default: none."})
+    ratio_mode: str = field(
+        default="sequence",
+        metadata={
+            "help": "What a token's ratio is made of: itself, the response (product or geometric mean), all up to it.",
+            "choices": ["token", "sequence", "geometric", "cumulative"],
+        },
+    )
+    epsilon: float = field(default=0.5, metadata={"help": "Width of the clip band below 1."})
+    epsilon_high: float = field(default=3.0, metadata={"help": "Width of the clip band above 1."})
+    dual_clip: float | None = field(
+        default=3.0, metadata={"help": "Ceiling of the loss for A < 0, in units of -A. None: off."}
+    )
+    perturbation_seed: int = field(default=0, metadata={"help": "Base of the seeds of the noise."})
+
+    @property
+    def anchors_on_sampler(self) -> bool:
+        return True
+
+    @property
+    def needs_stale_rollouts(self) -> bool:
+        return self.perturbation_sigma == 0 and super().needs_stale_rollouts  # the noise makes the ratio live
+
+    def validate(self) -> None:
+        super().validate()
+        sigma, layers = self.perturbation_sigma, self.perturbation_layers
+        self._require(is_number(sigma, low=0.0), "perturbation_sigma", "must be a finite number >= 0")
+        if sigma == 0:
+            self.learn_sigma = False
+        rate = self.sigma_learning_rate
+        self._require(is_number(rate) and rate > 0, "sigma_learning_rate", "must be a finite number > 0")
+        self._require(
+            layers is None or (len(layers) > 0 and len(set(layers)) == len(layers)),
+            "perturbation_layers",
+            "must name each layer once, and at least one; None is all, perturbation_sigma=0 is none",
+        )
+        bound = self.sigma_max
+        self._require(
+            bound is None or (is_number(bound) and bound > 0 and bound >= sigma),
+            "sigma_max",
+            f"must be a finite number > 0 and at least perturbation_sigma={sigma!r}, or None",
+        )
+        choices = self.__dataclass_fields__["ratio_mode"].metadata["choices"]
+        self._require(self.ratio_mode in choices, "ratio_mode", f"must be one of {', '.join(choices)}")
+        self._require(
+            is_number(self.epsilon, low=0.0) and self.epsilon <= 1, "epsilon", "must be a number from 0 to 1"
+        )
+        self._require(
+            is_number(self.epsilon_high, low=0.0, finite=False),
+            "epsilon_high",
+            "must be a number >= 0 (`inf` is allowed)",
+        )
+        dual = self.dual_clip
+        self._require(
+            dual is None or (is_number(dual) and dual > 1), "dual_clip", "must be a finite number > 1, or None"
+        )
+        self._require(isinstance(self.perturbation_seed, int), "perturbation_seed", "must be an integer")
+        if self.learn_sigma:
+            self._require(
+                not self.fp16,
+                "fp16",
+                "scales the loss, and with it the gradient of the noise scales: use bf16, or learn_sigma=False",
+            )
+
+
+class ALPTrainer(TrustGRPOTrainer):
+    """
+    GRPO with adaptive layerwise perturbation (arXiv 2603.19470). See [`alp_loss`] and [`LayerNoise`].
+
+    Takes the arguments of [`trl.GRPOTrainer`]; `args` is an [`ALPConfig`], or a `GRPOConfig` for the defaults. The
+    noise is in the training forward only, never in generation, old and reference log-probabilities, evaluation, saved
+    weights or weights sent to vLLM. Beside the metrics of [`alp_loss`] it logs `alp/sigma/{mean,min,max}`, and
+    `alp/kl/perturbed`: KL(clean || perturbed) by the k3 estimator, from the micro-batches before the first update on
+    their rollouts, where nothing but the noise separates the two.
+
+    Raises:
+        ValueError: if the model has no decoder layers that can be found, or not the `perturbation_layers`.
+    """
+
+    config_class = ALPConfig
+    _name = "ALP"
+    _tag_names = ["trl", "trl-trust", "alp"]
+    _paper = paper("Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL", "2603.19470")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        args = self.args
+        self.noise: LayerNoise | None = None
+        self._generated_at = self._noisy_at = -1  # global steps of the last generation, and of the last noisy forward
+        self._micro_step = 0  # of the optimizer step
+        self._warned = False
+        if args.perturbation_sigma > 0:
+            layers = decoder_layers(self.model)
+            indices = range(len(layers)) if args.perturbation_layers is None else args.perturbation_layers
+            within = [index % len(layers) for index in indices if -len(layers) <= index < len(layers)]
+            args._require(
+                len(within) == len(indices) == len(set(within)),
+                "perturbation_layers",
+                f"must name different layers of {len(layers)}, from {-len(layers)} to {len(layers) - 1}",
+            )
+            self.noise = LayerNoise(
+                layers, within, args.perturbation_sigma, args.learn_sigma, device=self.accelerator.device
+            )
+        if args.learn_sigma:
+            self._sigma_optimizer = torch.optim.Adam(
+                [self.noise.log_sigma],
+                lr=args.sigma_learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            )
+
+    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        if self.model.training:
+            self._generated_at = self.state.global_step
+            # TRL leaves them out where updates and generations are aligned; the ratio would be the policy's to itself
+            if "old_per_token_logps" not in rollouts.tensors:
+                rollouts.tensors["old_per_token_logps"] = self.score_rollouts(rollouts.tensors)
+        return {}
+
+    def score_completions(self, model, inputs, batch_size=None):
+        if self.noise is not None and self.model.training:
+            step = self.state.global_step
+            self._micro_step = self._micro_step + 1 if self._noisy_at == step else 0
+            self._noisy_at = step
+            self.noise.on(self.args.perturbation_seed, step, self._micro_step, self.accelerator.process_index)
+        return super().score_completions(model, inputs, batch_size)
+
+    def training_step(self, *args, **kwargs):
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            if self.noise is not None:
+                self.noise.off()  # not before the backward, which makes checkpointed forwards again
+        if self.args.learn_sigma and self.accelerator.sync_gradients:
+            self._update_sigma()
+        return loss
+
+    @torch.no_grad()
+    def _update_sigma(self) -> None:
+        log_sigma, group = self.noise.log_sigma, self.optimizer.param_groups[0]
+        log_sigma.grad = self.accelerator.reduce(log_sigma.grad, reduction="mean")
+        schedule = group["lr"] / (group.get("initial_lr") or group["lr"] or 1.0)  # warm-up and decay, as a factor
+        self._sigma_optimizer.param_groups[0]["lr"] = self.args.sigma_learning_rate * schedule
+        self._sigma_optimizer.step()
+        self._sigma_optimizer.zero_grad()
+        if self.args.sigma_max is not None:
+            log_sigma.clamp_(max=math.log(self.args.sigma_max))
+
+    def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
+        out = alp_loss(batch, **self.settings(alp_loss))
+        if self.noise is None:
+            return out
+        sigma = self.noise.log_sigma.detach().exp()
+        log_ratio = batch.logps.detach() - batch.old_logps  # (B, T)
+        clean = self.model.training and self._generated_at == self.state.global_step
+        kl = torch.expm1(log_ratio) - log_ratio  # k3, without the cancellation of exp(x) - 1
+        noise_metrics = {
+            "alp/sigma/mean": sigma.mean(),
+            "alp/sigma/min": sigma.min(),
+            "alp/sigma/max": sigma.max(),
+            "alp/kl/perturbed": kl if clean else torch.full_like(kl, torch.nan),
+        }
+        return replace(out, metrics={**out.metrics, **noise_metrics})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        kl = logs.get("alp/kl/perturbed")
+        if kl is not None and kl < NO_EFFECT and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The noise does nothing: KL(clean || perturbed) is {kl:.1e} at sigma {logs['alp/sigma/mean']:.1e}. "
+                f"Raise perturbation_sigma; in bfloat16, noise below about 1e-3 of the residual stream rounds away."
+            )
+
+    def method_state(self) -> dict[str, Any]:
+        if not self.args.learn_sigma:
+            return {}
+        adam = self._sigma_optimizer.state[self.noise.log_sigma]
+        as_lists = {name: value.tolist() for name, value in adam.items()}  # exact: JSON keeps every bit of a float
+        return {"log_sigma": self.noise.log_sigma.tolist(), "adam": as_lists}
+
+    @torch.no_grad()
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        if not self.args.learn_sigma:
+            return
+        log_sigma = self.noise.log_sigma
+        if len(state["log_sigma"]) != len(log_sigma):
+            raise ValueError(
+                f"The checkpoint has noise scales of {len(state['log_sigma'])} layers, but {len(log_sigma)} are "
+                f"perturbed: resume with the same perturbation_layers."
+            )
+        log_sigma.copy_(torch.tensor(state["log_sigma"]))
+        self._sigma_optimizer.state[log_sigma] = {
+            name: torch.tensor(value, device=log_sigma.device if isinstance(value, list) else None)
+            for name, value in state["adam"].items()
+        }
