@@ -21,10 +21,11 @@ from trl_trust.policy.base import (
     MULTIMODAL_INPUTS,
     PolicyLoss,
     _join_processes,
-    _local_statistic,
     _masked_quantiles,
     _shuffle_groups,
+    local_statistics,
     paper,
+    telemetry,
 )
 from trl_trust.quickstart.task import build_tokenizer, problems
 
@@ -448,7 +449,7 @@ def test_lora_trains_the_adapter_alone(tiny_model_path, tmp_path):
 
 
 def test_telemetry_of_a_hand_made_batch(tiny_model_path, tmp_path):
-    from trl_trust.policy.base import _telemetry, grpo_loss
+    from trl_trust.policy.base import grpo_loss
 
     batch = random_policy_batch(1, B=2, T=3, masked=False)
     ratio = torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.1, 4.0]], dtype=torch.float64)
@@ -459,7 +460,7 @@ def test_telemetry_of_a_hand_made_batch(tiny_model_path, tmp_path):
         mask=mask,
         advantages=torch.tensor([[1.0], [0.0]], dtype=torch.float64),
     )
-    got = _telemetry(batch, grpo_loss(batch), batch.old_logps)
+    got = telemetry(batch, grpo_loss(batch), batch.old_logps)
     live = ratio[mask > 0]
     mean = lambda name: (got[name] * mask).sum().item() / 5
     assert mean("trust/ratio/mean") == pytest.approx(live.mean().item())
@@ -488,10 +489,22 @@ def test_masked_quantiles_do_not_see_the_masked(seed, q):
 def test_metrics_join_over_processes_by_weight_and_by_name():
     mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     x = torch.tensor([[1.0, 3.0, 99.0], [99.0, 99.0, 99.0]])
-    assert _local_statistic("a/mean", x, mask).tolist() == [4.0, 2.0]
-    assert _local_statistic("a/max", x, mask)[0] == 3.0 and _local_statistic("a/min", x, mask)[0] == 1.0
-    assert _local_statistic("a", torch.tensor([[1.0], [math.nan]]), mask).tolist() == [1.0, 1.0]
-    assert _local_statistic("a", torch.full_like(x, math.nan), mask)[0].isnan()
+    metrics = {
+        "a/max": x,
+        "a/mean": x,
+        "b": torch.tensor([[1.0], [math.nan]]),
+        "a/min": x,
+        "c": torch.full_like(x, math.nan),
+        "d": torch.tensor(5.0),
+        "e": torch.tensor(math.nan),
+    }
+    names, stats = local_statistics(metrics, mask)
+    found = dict(zip(names, stats.tolist(), strict=True))
+    assert (
+        found.pop("c")[1] == 0.0 == found.pop("e")[1] and stats[[names.index("c"), names.index("e")], 0].isnan().all()
+    )
+    assert found == {"a/max": [3.0, 2.0], "a/mean": [4.0, 2.0], "a/min": [1.0, 2.0], "b": [1.0, 1.0], "d": [5.0, 1.0]}
+    assert local_statistics({"a": x}, torch.zeros_like(mask))[1].tolist() == [[0.0, 0.0]]
     assert _join_processes("a/mean", [[4.0, 2.0], [10.0, 8.0]]) == pytest.approx(1.4)
     assert _join_processes("a/mean", [[0.0, 0.0], [0.0, 0.0]]) == 0.0
     assert _join_processes("a/mean", [[4.0, 2.0], [math.nan, 0.0]]) == 2.0
@@ -499,7 +512,7 @@ def test_metrics_join_over_processes_by_weight_and_by_name():
     assert _join_processes("a/min", [[4.0, 2.0], [math.inf, 0.0]]) == 4.0
     assert math.isnan(_join_processes("a/max", [[-math.inf, 0.0]]))
     with pytest.raises(ValueError, match="'a' has shape"):
-        _local_statistic("a", torch.zeros(2, 2), mask)
+        local_statistics({"a": torch.zeros(2, 2)}, mask)
 
 
 def test_a_batch_loss_is_added_after_aggregation_and_divided_by_the_accumulation(tiny_model_path, tmp_path):

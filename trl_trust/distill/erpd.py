@@ -21,7 +21,6 @@ once, before training, and never in memory together with the student's gradients
 import inspect
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -42,12 +41,12 @@ from ..policy.base import (
     PolicyBatch,
     PolicyLoss,
     TrustGRPOTrainer,
-    _join_processes,
-    _telemetry,
     clipped_surrogate,
     is_number,
     paper,
+    read_gathered,
     sequence_mean,
+    telemetry,
 )
 from .rollouts import collate_rollouts, completion_logps, prepare_rollouts
 
@@ -602,7 +601,7 @@ class FrozenRolloutsTrainer(GKDTrainer):
         )
         with torch.enable_grad():
             policy = self.policy_loss(batch, inputs)
-        metrics = {**policy.metrics, **_telemetry(batch, policy, batch.old_logps), "entropy": outputs.entropy}
+        metrics = {**policy.metrics, **telemetry(batch, policy, batch.old_logps), "entropy": outputs.entropy}
         self._record(metrics, batch.mask)
 
         tokens, responses = inputs["step"][:2].float().clamp(min=1.0)
@@ -627,13 +626,7 @@ class FrozenRolloutsTrainer(GKDTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        gathered, self._trust_gathered[mode] = self._trust_gathered[mode], []
-        values = defaultdict(list)
-        if gathered:
-            names = [name for names, _ in gathered for name in names]
-            stats = torch.cat([stats for _, stats in gathered], dim=1).tolist()  # [processes][K] of (value, weight)
-            for name, *by_process in zip(names, *stats, strict=True):
-                values[name].append(_join_processes(name, by_process))
+        values, self._trust_gathered[mode] = read_gathered(self._trust_gathered[mode]), []
         prefix = "" if mode == "train" else "eval_"
         for name, numbers in values.items():
             numbers = [x for x in numbers if not math.isnan(x)]

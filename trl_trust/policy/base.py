@@ -14,6 +14,7 @@ import copy
 import inspect
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -501,7 +502,7 @@ class TrustGRPOTrainer(GRPOTrainer):
             policy = self.policy_loss(batch)
 
         metrics = dict(policy.metrics)
-        metrics.update(_telemetry(batch, policy, anchor_logps))
+        metrics.update(telemetry(batch, policy, anchor_logps))
         metrics["entropy"] = entropies
 
         entropy_mask = self._entropy_mask(entropies, batch.mask)
@@ -737,8 +738,7 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _record(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
-        stats = torch.stack([_local_statistic(name, x.detach(), mask) for name, x in metrics.items()])  # (K, 2)
-        self._trust_window.append((tuple(metrics), stats))
+        self._trust_window.append(local_statistics(metrics, mask))
         if self.model.training and not self.accelerator.sync_gradients:
             return
         names = [name for names, _ in self._trust_window for name in names]
@@ -749,13 +749,10 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if self._trust_gathered[mode]:
-            names = [name for names, _ in self._trust_gathered[mode] for name in names]
-            stats = torch.cat([stats for _, stats in self._trust_gathered[mode]], dim=1).tolist()
-            self._trust_gathered[mode] = []
-            # TRL 1.16: `_metrics` maps a name to the values since the last log, which it averages, NaN left out
-            for name, *by_process in zip(names, *stats, strict=True):
-                self._metrics[mode][name].append(_join_processes(name, by_process))
+        # TRL 1.16: `_metrics` maps a name to the values since the last log, which it averages, NaN left out
+        for name, values in read_gathered(self._trust_gathered[mode]).items():
+            self._metrics[mode][name] += values
+        self._trust_gathered[mode] = []
         super().log(logs, start_time)
 
 
@@ -772,7 +769,7 @@ def _shuffle_groups(rollouts: dict[str, Any], group_size: int) -> dict[str, Any]
     return {name: permute(value) for name, value in rollouts.items()}
 
 
-def _telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> dict[str, Tensor]:
+def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> dict[str, Tensor]:
     """The `trust/` metrics that every method logs; see [`TrustGRPOTrainer`]."""
     gradient = None
     if policy.per_token_loss.requires_grad or (policy.batch_loss is not None and policy.batch_loss.requires_grad):
@@ -805,43 +802,59 @@ def _telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> 
 
 
 def _masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
-    """Nearest-rank quantiles of `x` over `live`, NaN without any. No boolean indexing: it would wait for the device."""
+    """Nearest-rank quantiles of `x` over `live`, or NaN. No boolean indexing, which would wait for the device."""
     ordered = x.masked_fill(~live, math.inf).flatten().sort().values
     last = (live.sum() - 1).clamp(min=0)
     quantiles = [ordered[(last * q).round().long()] for q in qs]
     return [torch.where(live.any(), value, torch.nan) for value in quantiles]
 
 
-def _local_statistic(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """(value, weight) of a metric on this process; `_join_processes` joins them. NaN entries do not count."""
-    if x.shape == mask.shape:
-        keep = mask > 0
-    elif x.dim() == 0 or x.shape == (len(mask), 1):
-        keep = torch.ones_like(x, dtype=torch.bool)
-    else:
-        expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
-        raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
-    x = x.float()
-    empty = ~keep.any()
-    keep = keep & ~x.isnan()
-    weight = keep.sum().float()
-    if name.endswith("min"):
-        value = x.masked_fill(~keep, math.inf).min()
-    elif name.endswith("max"):
-        value = x.masked_fill(~keep, -math.inf).max()
-    else:
-        value = x.masked_fill(~keep, 0.0).sum()
-        # the mean of nothing is 0, as TRL 1.16 logs it for a batch without live tokens; of NaN alone it is NaN
-        value = torch.where(empty | (weight > 0), value, torch.nan)
-    return torch.stack([value, weight])
+def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple[str, ...], Tensor]:
+    """Names of K metrics, and (K, 2): their values and weights on this process. NaN entries do not count."""
+    groups = defaultdict(list)  # what has one shape and one reduction is reduced at once: a few kernels for them all
+    for name, x in metrics.items():
+        if x.shape not in (mask.shape, (len(mask), 1), ()):
+            expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
+            raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
+        groups[x.shape, _extremum(name)].append(name)
+    stats = []
+    for (shape, extremum), names in groups.items():
+        x = torch.stack([metrics[name].detach().float().flatten() for name in names])  # (k, numel)
+        live = (mask > 0).flatten() if shape == mask.shape else torch.ones_like(x[0], dtype=torch.bool)
+        keep = live & ~x.isnan()
+        weight = keep.sum(1)
+        if extremum is None:
+            # the mean of nothing is 0, as TRL 1.16 logs it for a batch without live tokens; of NaN alone it is NaN
+            value = x.masked_fill(~keep, 0.0).sum(1).masked_fill(live.any() & (weight == 0), torch.nan)
+        elif extremum is min:
+            value = x.masked_fill(~keep, math.inf).amin(1)
+        else:
+            value = x.masked_fill(~keep, -math.inf).amax(1)
+        stats.append(torch.stack([value, weight.float()], dim=1))
+    return tuple(name for names in groups.values() for name in names), torch.cat(stats)
+
+
+def read_gathered(gathered: list[tuple[list[str], Tensor]]) -> dict[str, list[float]]:
+    """Metrics by name, a value for each time they were recorded, of (names, (processes, K, 2) statistics)."""
+    found = defaultdict(list)
+    if gathered:
+        names = [name for names, _ in gathered for name in names]
+        stats = torch.cat([stats for _, stats in gathered], dim=1).tolist()  # the one wait for the device
+        for name, *by_process in zip(names, *stats, strict=True):
+            found[name].append(_join_processes(name, by_process))
+    return found
+
+
+def _extremum(name: str):
+    """`min`, `max`, or `None` for a mean, by how the name of a metric ends."""
+    return min if name.endswith("min") else max if name.endswith("max") else None
 
 
 def _join_processes(name: str, stats: list[list[float]]) -> float:
     """Join the (value, weight) of each process: weighted mean, or the extremum if the name says so."""
     values, weights = zip(*stats, strict=True)
-    if name.endswith(("min", "max")):
-        extremum = (min if name.endswith("min") else max)(values)
-        return extremum if any(weights) else math.nan
+    if (extremum := _extremum(name)) is not None:
+        return extremum(values) if any(weights) else math.nan
     if not any(weights):
         return sum(values)
     return sum(value for value, weight in zip(values, weights, strict=True) if weight) / sum(weights)
