@@ -40,22 +40,22 @@ TRAINING = dict(
     report_to="none",
     disable_tqdm=True,
 )
-TEACHER = dict(num_train_epochs=8, learning_rate=1e-3)
-STUDENT = dict(num_train_epochs=4, learning_rate=3e-4)
+TEACHER = dict(num_train_epochs=8)
+STUDENT = dict(num_train_epochs=8, learning_rate=3e-4)
 # name -> what is added to TEACHER; `unlearned` is the twin of `mse`
 TEACHERS = {
-    "mse": {},
-    "unlearned": {"unlearn": True},
-    "ce": {"teacher_loss": "ce"},
-    "sapo": {"teacher_loss": "sapo"},
+    "mse": {"learning_rate": 1e-3},
+    "unlearned": {"learning_rate": 1e-3, "unlearn": True},
+    "ce": {"learning_rate": 1e-3, "teacher_loss": "ce", "teacher_beta": 0.5},
+    "sapo": {"learning_rate": 3e-4, "teacher_loss": "sapo"},
 }
 # name -> its teacher, and what is added to STUDENT
 STUDENTS = {
-    "mse/weak": ("mse", {"signal": "weak"}),
-    "mse/strong": ("mse", {"signal": "strong"}),
-    "mse/base_contrast": ("mse", {"signal": "base_contrast"}),
-    "ce/strong": ("ce", {"signal": "strong"}),
-    "sapo/strong": ("sapo", {"signal": "strong"}),
+    "mse/weak": ("mse", {"signal": "weak", "staleness_clip": 2.0, "beta": 0.3}),
+    "mse/weak, no staleness weight": ("mse", {"signal": "weak", "beta": 0.3}),
+    "mse/strong": ("mse", {"signal": "strong", "staleness_clip": 2.0}),
+    "ce/strong": ("ce", {"signal": "strong", "staleness_clip": 2.0}),
+    "sapo/strong": ("sapo", {"signal": "strong", "staleness_clip": 2.0}),
 }
 
 
@@ -63,21 +63,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--students", nargs="+", default=list(STUDENTS))
-    parser.add_argument("--teacher-lr", type=float, default=TEACHER["learning_rate"])
-    parser.add_argument("--student-lr", type=float, default=STUDENT["learning_rate"])
-    parser.add_argument("--teacher-epochs", type=int, default=TEACHER["num_train_epochs"])
-    parser.add_argument("--student-epochs", type=int, default=STUDENT["num_train_epochs"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "erpd.json")
     args = parser.parse_args()
-    teacher = {"num_train_epochs": args.teacher_epochs, "learning_rate": args.teacher_lr}
-    student = {"num_train_epochs": args.student_epochs, "learning_rate": args.student_lr}
     for seed in args.seeds:
         with TemporaryDirectory() as folder, quiet():
-            run_seed(seed, Path(folder), args.students, teacher, student, args.output)
+            run_seed(seed, Path(folder), args.students, args.output)
     table(args.output)
 
 
-def run_seed(seed: int, folder: Path, students: list[str], teacher: dict, student: dict, output: Path) -> None:
+def run_seed(seed: int, folder: Path, students: list[str], output: Path) -> None:
     needed = {STUDENTS[name][0] for name in students} | {"unlearned"}
     cells = ["base", *(f"teacher {name}" for name in TEACHERS if name in needed), *(f"student {x}" for x in students)]
     if all(cell in {c["cell"] for c in read(output) if c["seed"] == seed} for cell in cells):
@@ -109,14 +103,14 @@ def run_seed(seed: int, folder: Path, students: list[str], teacher: dict, studen
     measure("base", base, {"rollouts": ROLLOUTS, "training": TRAINING}, time.perf_counter() - began)
     rows = data.select_columns(["prompt_ids", "completion_ids"]).to_list()
     logps = {
-        name: train(ERPDTeacherTrainer, f"teacher {name}", data, {**teacher, **TEACHERS[name]})
+        name: train(ERPDTeacherTrainer, f"teacher {name}", data, {**TEACHER, **TEACHERS[name]})
         for name in TEACHERS
         if name in needed
     }
     data = data.add_column("unlearned_logps", logps["unlearned"])
     for name in students:
         own, settings = STUDENTS[name]
-        train(ERPDTrainer, f"student {name}", data.add_column("teacher_logps", logps[own]), {**student, **settings})
+        train(ERPDTrainer, f"student {name}", data.add_column("teacher_logps", logps[own]), {**STUDENT, **settings})
 
 
 def read(output: Path) -> list[dict]:
@@ -145,7 +139,7 @@ def table(output: Path) -> None:
         row = {c["seed"]: c for c in cells if c["cell"] == name}
         values = [row[s] for s in seeds if s in row]
         text = "   ".join(f"{c['pass@1']:.3f} {c['greedy']:.3f} {c['kl']:7.3f} {c['entropy']:.3f}" for c in values)
-        print(f"{name:<28}{text}")
+        print(f"{name:<40}{text}")
 
 
 if __name__ == "__main__":

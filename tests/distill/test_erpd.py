@@ -360,6 +360,27 @@ def test_options_of_the_student():
 
 
 @given(seeds)
+def test_only_the_staleness_weight_makes_a_constant_signal_no_signal(seed):
+    """On responses of base, once the student has left it: unweighted, a constant pushes along the gradient of
+    KL(base || student), and a negative one, which is what a signal has on average there, away from base."""
+    base, start = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    base = base.log_softmax(-1)
+
+    def gradient(constant, **settings):
+        leaf = start.clone().requires_grad_()
+        logps = leaf.log_softmax(-1)
+        every_token = policy_batch(logps=logps.detach()[:, None], advantages=[0.0] * 5)
+        batch = replace(every_token, logps=logps[:, None], ref_logps=base[:, None])
+        loss = erpd_student_loss(batch, torch.full((5, 1), constant, dtype=torch.float64), **settings).per_token_loss
+        return torch.autograd.grad((loss * base.exp()[:, None]).sum(), leaf)[0]
+
+    leaf = start.clone().requires_grad_()
+    (away,) = torch.autograd.grad((base.exp() * (base - leaf.log_softmax(-1))).sum(), leaf)
+    torch.testing.assert_close(gradient(-1.0), -away)
+    torch.testing.assert_close(gradient(-1.0, staleness_clip=1e9), torch.zeros_like(away), atol=1e-12, rtol=0)
+
+
+@given(seeds)
 def test_the_twin_learns_the_opposite(seed):
     batch = random_policy_batch(seed)
     rewards = (batch.advantages.squeeze(1) > 0).double()
@@ -639,6 +660,7 @@ def test_evaluation_measures_and_does_not_disturb(frozen, tiny_model_path, tmp_p
     assert parameter_gap(plain.model, evaluated.model) == 0.0
     assert len(logged(evaluated, "eval_loss")) == 4 and all(map(math.isfinite, logged(evaluated, "eval_erpd/kl_base")))
     assert logged(evaluated, "eval_trust/ratio/max") == [1.0] * 4
+    assert all(share < 1 for share in logged(evaluated, "eval_trust/zero_grad"))  # the gradient is looked at here too
 
 
 def test_temperature_is_that_of_the_ratios(frozen, tiny_model_path, tmp_path):
