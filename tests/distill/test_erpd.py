@@ -588,6 +588,19 @@ def test_a_teacher_may_be_a_column_or_a_model_or_a_folder(frozen, tiny_model_pat
     models["teacher"].save_pretrained(tmp_path / "teacher")
     given = {**given, "teacher_model": str(tmp_path / "teacher")}
     assert parameter_gap(model.model, train(ERPDTrainer, tiny_model_path, args(), bare, **given).model) == 0.0
+    named = settings(
+        tmp_path,
+        "student",
+        steps_per_anchor=2,
+        max_steps=3,
+        teacher_model_name_or_path=str(tmp_path / "teacher"),
+        teacher_model_init_kwargs={"dtype": "float32"},
+    )
+    given = {"policies": {"unlearned": models["unlearned"]}}
+    assert parameter_gap(model.model, train(ERPDTrainer, tiny_model_path, named, bare, **given).model) == 0.0
+    with pytest.raises(ValueError, match=r"teacher_model_init_kwargs=.* nothing is loaded with it"):
+        named.teacher_model_name_or_path = None
+        build(ERPDTrainer, tiny_model_path, named, data)
     for name, parameters in before.items():
         assert all(torch.equal(p, q) for p, q in zip(parameters, models[name].parameters(), strict=True))
 

@@ -455,8 +455,14 @@ class FrozenRolloutsTrainer(GKDTrainer):
         if args.stage != self.stage:
             raise ValueError(f"stage={args.stage!r}: {type(self).__name__} trains the {self.stage}.")
         policies = dict(policies or {})
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is not None:
             policies["teacher"] = teacher_model
+        if args.teacher_model_init_kwargs and not any(isinstance(policy, str) for policy in policies.values()):
+            raise ValueError(
+                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r}: no policy is given as an id or a "
+                f"folder, so nothing is loaded with it; leave it out."
+            )
         train_dataset = self._check(prepare_rollouts(train_dataset), args, policies)
         if eval_dataset is not None:
             eval_dataset = self._check(prepare_rollouts(eval_dataset), args, policies)
@@ -690,7 +696,8 @@ class ERPDTrainer(FrozenRolloutsTrainer):
 
     Args:
         model: `base`, as an id or a model; the student starts from it.
-        teacher_model: what stage 1 made, unless the rollouts have a column `teacher_logps`.
+        teacher_model: what stage 1 made, unless the rollouts have a column `teacher_logps`;
+            `args.teacher_model_name_or_path` by default.
         args: [`ERPDConfig`] with `stage="student"`.
         train_dataset, eval_dataset: the rollouts of stage 1.
         policies: name to model, for the other names in `signal`, such as `unlearned`, that are no column either.

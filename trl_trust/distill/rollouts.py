@@ -6,11 +6,12 @@
 
 A part is written whole or not at all, and depends on its number and the settings only: an interrupted run goes on
 where it stopped, and several processes, which take the parts in turns, write what one would. Nothing is communicated,
-so each process holds the whole model.
+so each process holds the whole model, and all of them see one file system.
 """
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -375,8 +376,10 @@ def _write_parts(folder: Path, name: str, count: int, build: Callable[[], Callab
             os.replace(scratch, files[part])  # atomic: a part is there as a whole or not at all
             scored = [reward for reward in table.get("reward", ()) if not np.isnan(reward)]
             progress.update(bar, completed=done(), note=f"reward {np.mean(scored):.2f}" if scored else "")
-        state.wait_for_everyone()
-        progress.update(bar, completed=done())
+        while done() < count:  # not in a collective, which would time out where a part takes long
+            time.sleep(0.2)
+            progress.update(bar, completed=done())
+        progress.update(bar, completed=count)
 
 
 def as_rows(table: Mapping[str, Sequence]) -> list[dict[str, Any]]:
