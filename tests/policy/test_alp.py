@@ -242,7 +242,9 @@ def test_the_noise_is_drawn_and_added_in_float32(dtype):
     assert big.mean().item() == pytest.approx(0, abs=0.005) and big.std().item() == pytest.approx(0.3, rel=0.01)
 
 
-def test_gradient_by_finite_differences():
+@pytest.mark.parametrize("keeps", [("cpu",), ()], ids=["kept", "drawn again"])
+def test_gradient_by_finite_differences(monkeypatch, keeps):
+    monkeypatch.setattr(_AddNoise, "keeps", keeps)
     hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     rho = f64(-1.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda h, r: _AddNoise.apply(h, r, 3).sin(), (hidden, rho))

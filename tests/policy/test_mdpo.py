@@ -29,7 +29,6 @@ from trl_trust.policy.mdpo import (
     MDPOTrainer,
     OldDistribution,
     annealed_step_size,
-    logit_transform,
     mdpo_loss,
 )
 from trl_trust.quickstart.task import problems
@@ -277,11 +276,6 @@ def test_full_divergence_is_that_of_the_logits(config):
     grads = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (got, expected)]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
-
-
-def test_logits_that_are_multiplied_by_their_scaling():
-    config = SimpleNamespace(model_type="hyperclovax", logits_scaling=4.0)  # the one model that does
-    assert logit_transform(config) == (4.0, None)
 
 
 def test_direction_of_the_full_divergence():  # 4

@@ -134,8 +134,11 @@ def noise_seed(*key: int) -> int:
 class _AddNoise(torch.autograd.Function):
     """`hidden + exp(log_sigma) eps`, eps drawn from `seed` with the shape of `hidden`, added in float32 or better.
 
-    The backward draws eps again: kept, it would take as much memory as the hidden states in float32, at every layer.
+    The backward draws eps again: kept, it would take as much memory as the hidden states in float32, at every layer. A
+    CPU keeps it, which has the memory, and draws slowly.
     """
+
+    keeps = ("cpu",)
 
     @staticmethod
     def draw(like: Tensor, seed: int) -> Tensor:
@@ -145,17 +148,18 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, log_sigma: Tensor, seed: int) -> Tensor:
-        ctx.save_for_backward(log_sigma)
+        noise = _AddNoise.draw(hidden, seed)
+        ctx.save_for_backward(log_sigma, noise if hidden.device.type in _AddNoise.keeps else None)
         ctx.seed = seed
-        return _AddNoise.draw(hidden, seed).mul_(log_sigma.exp()).add_(hidden).to(hidden.dtype)
+        return (log_sigma.exp() * noise).add_(hidden).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_log_sigma = None
         if ctx.needs_input_grad[1]:
-            (log_sigma,) = ctx.saved_tensors
-            noise = _AddNoise.draw(grad, ctx.seed)
-            grad_log_sigma = (log_sigma.exp() * noise.mul_(grad).sum()).to(log_sigma.dtype)
+            log_sigma, noise = ctx.saved_tensors
+            noise = _AddNoise.draw(grad, ctx.seed) if noise is None else noise
+            grad_log_sigma = (log_sigma.exp() * torch.sum(noise * grad)).to(log_sigma.dtype)
         return grad, grad_log_sigma, None
 
 

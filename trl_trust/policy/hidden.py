@@ -53,18 +53,18 @@ class HiddenStates:
 
         Gradient flows to `hidden` and to the head by way of `hidden`; none by way of `other`.
         """
-        # FSDP2 shards the head as a DTensor
-        whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-        head, device = self.causal_lm.get_output_embeddings(), hidden.device.type
-        dtype = hidden.dtype
-        if self.fp32_head:
-            dtype = torch.float32
-        elif torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        head, dtype = self.causal_lm.get_output_embeddings(), self.compute_dtype(hidden)
         weight, bias = whole(head.weight), whole(head.bias)
         hidden, other = hidden.to(dtype), other.detach().to(dtype)
-        with torch.autocast(device, enabled=False):  # the dtypes are as autocast would make them
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are as autocast would make them
             return _BlockwiseDivergence.apply(hidden, other, weight, bias, divergence, self.logits)
+
+    def compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype that the head projects `hidden` in."""
+        device = hidden.device.type
+        if self.fp32_head:
+            return torch.float32
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
     def logits(self, projection: Tensor) -> Tensor:
         """(n, V) what the model makes of the output of its head, at the temperature."""
@@ -72,6 +72,11 @@ class HiddenStates:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
+
+
+def whole(x: Tensor | None) -> Tensor | None:
+    """A tensor that FSDP2 has sharded (DTensor) gathered; anything else as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def logit_transform(config) -> tuple[float, float | None]:

@@ -11,7 +11,7 @@ eq. 3), with the mean-reward baseline and the optimizer reset of the reports, wh
 normalisation, leave-one-out baselines and tau = 0.01 are from `horizon-rl/OpenKimi` (`openkimi/pmd/core_algos.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from .base import (
     is_number,
     paper,
 )
+from .hidden import HiddenStates, whole
 
 
 _NO_CLIP = {
@@ -206,9 +207,7 @@ class MDPOTrainer(TrustGRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.divergence == "full":
-            # PEFT puts the adapters inside the model that it wraps, which keeps backbone and head where they were
-            causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            self._old_policy = OldDistribution(causal_lm, self.temperature, self.args.cast_lm_head_to_fp32)
+            self._old_policy = OldDistribution(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
 
     def step_size(self) -> float:
         """t_k of the current iteration, one iteration being one generation batch."""
@@ -240,108 +239,65 @@ class MDPOTrainer(TrustGRPOTrainer):
         return mdpo_loss(batch, **{**self.settings(mdpo_loss), "step_size": self.step_size()})
 
 
-class OldDistribution:
-    """The old policy's next-token distributions over the vocabulary, kept as the least they can be computed from.
+class OldDistribution(HiddenStates):
+    """The old policy's next-token distributions over the vocabulary: its last hidden states, and its output head.
 
-    That is its last hidden states, d numbers a token where the logits are V, and its output head: the head in use
-    where that is frozen (LoRA), else one copy. The policy's own hidden states are met by a hook on the backbone, where
-    TRL's fused head meets them, so that the divergence is computed inside the model's forward, as sharded heads
-    require. Both sets of logits exist only in tiles (`trl.kernels`). TRL 1.16 reads the head from
-    `get_output_embeddings().weight`; so does this.
+    The head is the one in use where that is frozen (LoRA), else one copy. The policy's own states are met inside its
+    forward, and the logits of both exist only in tiles (`trl.kernels`).
     """
 
-    def __init__(self, causal_lm: nn.Module, temperature: float, fp32_head: bool):
-        if is_deepspeed_zero3_enabled() and causal_lm.get_output_embeddings().weight.requires_grad:
+    def __init__(self, model: nn.Module, temperature: float = 1.0, fp32_head: bool = False):
+        super().__init__(model, temperature, fp32_head)
+        if is_deepspeed_zero3_enabled() and self.causal_lm.get_output_embeddings().weight.requires_grad:
             raise ValueError(
                 "divergence='full' keeps a copy of the trained output head, which DeepSpeed ZeRO-3 shards: use LoRA, "
                 "ZeRO-2 or divergence='unbiased'."
             )
-        self.causal_lm, self.fp32_head = causal_lm, fp32_head
-        scale, softcap = logit_transform(causal_lm.config.get_text_config())
-        self.kernel_args = (1.0, temperature, scale, softcap, scale, softcap)  # 1.0: KL(student || teacher)
         self.old_head: tuple[Tensor, Tensor | None] | None = None
         self._divergence: Tensor | None = None
-        self._read: Callable[[Tensor], None] | None = None  # what the hook does with the last hidden states
-        causal_lm.base_model.register_forward_hook(self._hook)
-
-    def _hook(self, module, args, output) -> None:
-        if self._read is not None:
-            self._read(output.last_hidden_state)
-
-    @contextmanager
-    def _reading(self, read: Callable[[Tensor], None]) -> Iterator[None]:
-        self._read = read
-        try:
-            yield
-        finally:
-            self._read = None
 
     @contextmanager
     def recording(self, length: int) -> Iterator[list[Tensor]]:
         """Collect the hidden states that predict the last `length` tokens, forward by forward, and keep the head."""
         chunks: list[Tensor] = []
         self.old_head = None
-        with self._reading(partial(self._record, chunks, length)):
+        with self.reading(partial(self._record, chunks), length):
             yield chunks
 
-    def _record(self, chunks: list[Tensor], length: int, hidden: Tensor) -> None:
+    def _record(self, chunks: list[Tensor], hidden: Tensor) -> None:
         if self.old_head is None:
             head = self.causal_lm.get_output_embeddings()
             copy = lambda x: x.detach().clone() if x is not None and x.requires_grad else x
             self.old_head = copy(head.weight), copy(head.bias)
-        # in the dtype of the projection: what it would round is not worth keeping
-        chunks.append(hidden[:, -length - 1 : -1].to(self._compute_dtype(hidden), copy=True))
+        # in the dtype of the projection: what that would round is not worth keeping
+        chunks.append(hidden.to(self.compute_dtype(hidden), copy=True))
 
     def comparing(self, old_hidden: Tensor, live: Tensor):
         """Within it, a forward leaves KL(new || old) at the `live` (B, T) tokens; `old_hidden` is (B, T, d)."""
-        return self._reading(partial(self._compare, old_hidden, live))
+        return self.reading(partial(self._compare, old_hidden, live), live.size(1))
 
     def _compare(self, old_hidden: Tensor, live: Tensor, hidden: Tensor) -> None:
         head = self.causal_lm.get_output_embeddings()
-        hidden = hidden[:, -live.size(1) - 1 : -1]  # (B, T, d)
-        hidden = hidden.to(self._compute_dtype(hidden))
+        hidden = hidden.to(self.compute_dtype(hidden))  # (B, T, d)
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are as autocast would make them
             kl, _ = ChunkedDivergenceFunction.apply(
                 hidden[live],
-                *_whole(head.weight, head.bias),
+                whole(head.weight),
+                whole(head.bias),
                 old_hidden[live],
-                *_whole(*self.old_head),
-                *self.kernel_args,
+                whole(self.old_head[0]),
+                whole(self.old_head[1]),
+                1.0,  # KL(student || teacher)
+                self.temperature,
+                *(self.scale, self.softcap) * 2,  # of student and teacher
             )
         # `masked_scatter` keeps the graph when nothing is live: no process may skip a backward
         self._divergence = kl.new_zeros(live.shape).masked_scatter(live, kl)  # (B, T)
-
-    def _compute_dtype(self, hidden: Tensor) -> torch.dtype:
-        device = hidden.device.type
-        if self.fp32_head:
-            return torch.float32
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
     def pop_divergence(self) -> Tensor:
         """The (B, T) divergence of the last forward, forgotten here, so that its graph can be freed."""
         divergence, self._divergence = self._divergence, None
         return divergence
-
-
-def _whole(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gather what FSDP2 has sharded (DTensor); everything else as it is."""
-    return tuple(x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors)
-
-
-def logit_transform(config) -> tuple[float, float | None]:
-    """(scale, softcap) of a model's logits, `softcap tanh(scale h W^T / softcap)`, from its text config.
-
-    The names are those that TRL 1.16 reads for its fused head: logits are multiplied by the first three, divided by
-    `logits_scaling` (save in HyperCLOVA X, which multiplies by it).
-    """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None) or 1.0
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
