@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,14 +72,10 @@ def test_names_are_members_choices_and_handlers(row):
 
 
 def test_registering_again_changes_nothing():
-    before = len(OptimizerNames), len(_OPTIMIZER_HANDLERS), dict(_OPTIMIZER_HANDLERS), Trainer.create_optimizer
+    state = lambda: (list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.create_optimizer, Trainer.train)
+    before = state()
     plug.register()
-    assert before == (
-        len(OptimizerNames),
-        len(_OPTIMIZER_HANDLERS),
-        dict(_OPTIMIZER_HANDLERS),
-        Trainer.create_optimizer,
-    )
+    assert state() == before
 
 
 def test_names_of_transformers_are_left_alone():
@@ -305,13 +302,25 @@ def test_adam_settings_reach_adamw_only_when_they_were_changed(tiny_model_path):
 def test_zero_is_refused_before_training(tiny_model_path):
     trainer = trainer_for(tiny_model_path, arguments(optim="muon"))
     for stage in (1, 2, 3):
-        trainer.args.deepspeed_plugin = type("Plugin", (), {"zero_stage": stage})()
+        trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
         with pytest.raises(
             ValueError, match=f"optim='muon' cannot run under DeepSpeed ZeRO stage {stage}.* use FSDP2"
         ):
             trainer.create_optimizer()
     trainer.args.deepspeed_plugin.zero_stage = 0
     assert isinstance(trainer.create_optimizer(), Muon)
+
+
+def test_an_optimizer_of_deepspeeds_own_is_refused(tiny_model_path):
+    trainer = trainer_for(tiny_model_path, arguments(optim="auon"))
+    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=0, deepspeed_config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(
+        ValueError, match="optim='auon' would be ignored: DeepSpeed's config has an 'optimizer' section"
+    ):
+        trainer.train()
+    trainer.args.deepspeed_plugin.deepspeed_config = {}
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_target_with_attach_gets_the_trainer(tiny_model_path, monkeypatch):

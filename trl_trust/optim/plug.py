@@ -10,8 +10,9 @@ transformers 5 has no public registration, so two private things of it are touch
 Both are changed once and only by addition; a name that transformers already has is left to it. A pickled member would
 make `training_args.bin` unreadable where this package is not imported, so ours pickle as plain strings.
 
-One public method is wrapped: after `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the
-trainer through it. TRAM needs that, whose two passes happen inside `training_step`, and [`rewound`], which keeps the
+Two public methods are wrapped. `Trainer.train` refuses to begin where DeepSpeed would silently put an optimizer of its
+own in the place of ours. After `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the trainer
+through it. TRAM needs that, whose two passes happen inside `training_step`, and [`rewound`], which keeps the
 second one out of the trainer's books.
 """
 
@@ -45,8 +46,12 @@ except ImportError as error:
 
 def register() -> None:
     """Make the names of [`trl_trust.optimizers.OPTIMIZERS`] known to transformers; a second call changes nothing."""
-    if not hasattr(Trainer.create_optimizer, "__wrapped__"):
-        Trainer.create_optimizer = _attaching(Trainer.create_optimizer)
+    for name, wrap in (("create_optimizer", _attaching), ("train", _refusing)):
+        method = getattr(Trainer, name)
+        if not hasattr(method, "_trl_trust"):
+            wrapped = wraps(method)(wrap(method))
+            wrapped._trl_trust = True
+            setattr(Trainer, name, wrapped)
     for row in OPTIMIZERS:
         if row.name in _OPTIMIZER_HANDLERS:  # the second call, or transformers' own optimizer of that name
             continue
@@ -109,12 +114,25 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
 
 
 def _attaching(create_optimizer: Callable) -> Callable:
-    @wraps(create_optimizer)
     def wrapper(trainer: Trainer, *args, **kwargs) -> Optimizer:
         optimizer = create_optimizer(trainer, *args, **kwargs)
         if hasattr(optimizer, "attach"):
             optimizer.attach(trainer)
         return optimizer
+
+    return wrapper
+
+
+def _refusing(train: Callable) -> Callable:
+    def wrapper(trainer: Trainer, *args, **kwargs) -> Any:
+        plugin = getattr(trainer.args, "deepspeed_plugin", None)
+        ours = [row.name for row in OPTIMIZERS if row.name == trainer.args.optim]
+        if ours and "optimizer" in getattr(plugin, "deepspeed_config", ()):
+            raise ValueError(
+                f"optim={ours[0]!r} would be ignored: DeepSpeed's config has an 'optimizer' section, and DeepSpeed builds "
+                "that one. Remove the section"
+            )
+        return train(trainer, *args, **kwargs)
 
     return wrapper
 
