@@ -129,8 +129,8 @@ def _refusing(train: Callable) -> Callable:
         ours = [row.name for row in OPTIMIZERS if row.name == trainer.args.optim]
         if ours and "optimizer" in getattr(plugin, "deepspeed_config", ()):
             raise ValueError(
-                f"optim={ours[0]!r} would be ignored: DeepSpeed's config has an 'optimizer' section, and DeepSpeed builds "
-                "that one. Remove the section"
+                f"optim={ours[0]!r} would be ignored: DeepSpeed's config has an 'optimizer' section, and that one "
+                "is built. Remove the section"
             )
         return train(trainer, *args, **kwargs)
 
