@@ -723,6 +723,11 @@ def test_what_does_not_fit_raises_at_construction(frozen, tiny_model_path, tmp_p
         build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), data.remove_columns("unlearned_logps"))
     with pytest.raises(ValueError, match=r"no column teacher_logps: .*pass `teacher_model`"):
         build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), data.remove_columns("teacher_logps"))
+    only = settings(tmp_path, "student", signal=[("unlearned", "base", -1.0)], max_steps=1)
+    trainer = train(
+        ERPDTrainer, tiny_model_path, only, data.remove_columns("teacher_logps"), teacher_model=models["teacher"]
+    )
+    assert logged(trainer, "erpd/kl_teacher")[0] > 0  # a teacher that is given is looked at
     with pytest.raises(ValueError, match="stage='teacher': ERPDTrainer trains the student"):
         build(ERPDTrainer, tiny_model_path, settings(tmp_path, "teacher"), data)
     scores = data.remove_columns("reward").add_column("reward", [5.0 * x for x in data["reward"]])
@@ -970,6 +975,7 @@ def test_recipe_runs_in_small(name, tiny_model_path, tmp_path):
         ({"rollouts": "many"}, "no mapping"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "hold nothing out"),
+        ({"load_in_8bit": True}, "leaves a whole model for the next"),
         ({"reward_funcs": None}, "no reward: set `reward_funcs`"),
         ({"teacher": {"learning_rate": 7e-3}}, r"learning_rate=0\.007, but .*stage\.json was written with"),
     ],

@@ -487,8 +487,8 @@ class FrozenRolloutsTrainer(GKDTrainer):
         self.add_callback(SaveAtAnchors(self))
 
         # `base` is the policy before its first update: with a new adapter, the model without it
-        for name in args.policies:
-            self._add_column(name, self.model if name == "base" else policies.get(name))
+        for name in sorted({*args.policies, *policies}):
+            self._add_column(name, policies.get(name, self.model if name == "base" else None))
 
     @staticmethod
     def _check(dataset: Dataset, args: ERPDConfig, policies: Mapping[str, Any]) -> Dataset:
@@ -701,6 +701,7 @@ class ERPDTrainer(FrozenRolloutsTrainer):
         args: [`ERPDConfig`] with `stage="student"`.
         train_dataset, eval_dataset: the rollouts of stage 1.
         policies: name to model, for the other names in `signal`, such as `unlearned`, that are no column either.
+            Where there is a teacher, `erpd/kl_teacher` is logged whether or not the signal reads it.
         kwargs: as for [`trl.experimental.gkd.GKDTrainer`]: `processing_class`, `peft_config`, `callbacks`, ...
 
     A model given here is read once, at construction, and may be deleted then.

@@ -325,9 +325,11 @@ def score_rollouts(
 
 def load_policy(model: str | PreTrainedModel, use_cpu: bool, model_init_kwargs: Mapping[str, Any] | None = None):
     """`model`, loaded if it is an id or a folder, on this process's device."""
-    device = torch.device("cpu") if use_cpu else PartialState().device
+    device, options = torch.device("cpu") if use_cpu else PartialState().device, model_init_kwargs or {}
+    if "quantization_config" in options:  # such a model is put in its place while it is loaded, and not moved
+        return create_model_from_path(model, **{"device_map": {"": device}, **options})
     if isinstance(model, str):
-        model = create_model_from_path(model, **{"device_map": None, **(model_init_kwargs or {})})
+        model = create_model_from_path(model, **{"device_map": None, **options})
     return model.to(device)
 
 

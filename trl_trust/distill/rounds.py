@@ -133,6 +133,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
 
     check_sources(script_args, rollouts_of(1), model_args)
     config_of("teacher", output)
+    if get_quantization_config(model_args) is not None:
+        raise ValueError("load_in_8bit, load_in_4bit: every stage leaves a whole model for the next; leave them out.")
     if args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy!r}: the rounds hold nothing out; leave it at 'no'.")
     reads = config_of("student", output).policies
@@ -184,13 +186,11 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
         return str(folder)
 
     config.model_init_kwargs = {**model_init_kwargs(model_args), **(config.model_init_kwargs or {})}
-    config.model_init_kwargs.pop("quantization_config", None)  # the trainer takes it by itself
     trainer = trainer_class(
         model,
         args=config,
         train_dataset=load_rollouts(rollouts),
         peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
     )
     if is_peft_model(trainer.model) and (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
         raise ValueError(
