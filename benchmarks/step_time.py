@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHAPES = {  # hidden size, layers, vocabulary, rows, completion tokens
-    "quickstart": (64, 2, None, 64, 24),
+    "quickstart": (64, 2, None, 128, 24),
     "small": (256, 4, 8192, 16, 128),
 }
 

@@ -803,10 +803,9 @@ def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> d
 
 def _masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
     """Nearest-rank quantiles of `x` over `live`, or NaN. No boolean indexing, which would wait for the device."""
-    ordered = x.masked_fill(~live, math.inf).flatten().sort().values
+    ordered = x.masked_fill(~live, torch.nan).flatten().sort().values  # NaN comes last
     last = (live.sum() - 1).clamp(min=0)
-    quantiles = [ordered[(last * q).round().long()] for q in qs]
-    return [torch.where(live.any(), value, torch.nan) for value in quantiles]
+    return [ordered[(last * q).round().long()] for q in qs]
 
 
 def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple[str, ...], Tensor]:

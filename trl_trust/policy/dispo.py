@@ -50,14 +50,16 @@ def dispo_loss(
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
     weight = torch.clamp(ratio, low.to(ratio), high.to(ratio))
 
-    live_pos, live_neg = positive & (advantages != 0), ~positive & (advantages != 0)
+    below, above = (ratio < low).float(), (ratio > high).float()
+    pos = (positive & (advantages != 0)).float()
+    neg = (~positive & (advantages != 0)).float()
     return PolicyLoss(
         -weight * advantages * batch.logps,
         {
-            "dispo/clip_ratio/pos_low": ((ratio < low) & live_pos).float(),
-            "dispo/clip_ratio/pos_high": ((ratio > high) & live_pos).float(),
-            "dispo/clip_ratio/neg_low": ((ratio < low) & live_neg).float(),
-            "dispo/clip_ratio/neg_high": ((ratio > high) & live_neg).float(),
+            "dispo/clip_ratio/pos_low": below * pos,
+            "dispo/clip_ratio/pos_high": above * pos,
+            "dispo/clip_ratio/neg_low": below * neg,
+            "dispo/clip_ratio/neg_high": above * neg,
             "dispo/weight/mean": weight,
             "dispo/weight/max": weight,
         },
