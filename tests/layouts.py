@@ -6,6 +6,7 @@ the step and of the global row, so every layout trains on the same rollouts; `nu
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -13,13 +14,24 @@ import torch
 from tiny import tiny_config, tiny_trainer
 
 from trl_trust.methods import METHODS, get_method
+from trl_trust.quickstart.model import build_model
+from trl_trust.quickstart.task import build_tokenizer
+
+
+def feedback(prompts, completions, **columns):
+    return [f"it has {len(text)} characters" for text in completions]
 
 
 ROWS = 16  # rows of a generation batch over all processes: 4 prompts x 4 responses
 
 # What a method needs beyond its defaults to be the same in every layout. Keyed by method name; `config` and `trainer`
-# are keyword arguments, callables receive the model's path.
-SETTINGS: dict[str, dict] = {"opmd": {"config": {"loss_type": "grpo"}}}
+# are keyword arguments; a callable returns them.
+SETTINGS: dict[str, dict | Callable[[], dict]] = {
+    "opmd": {"config": {"loss_type": "grpo"}},
+    "alp": {"config": {"perturbation_sigma": 0.0}},  # processes and micro-batches draw different noise
+    "rlad": lambda: {"trainer": {"teacher_model": build_model(build_tokenizer(), hidden_size=16, seed=1)}},
+    "vpd": {"config": {"e_step_every": 1}, "trainer": {"feedback_func": feedback}},
+}
 
 
 def scripted(trainer_class):
@@ -49,7 +61,7 @@ def run(
     method = get_method(name)
     module = import_module(method.module)
     extra = SETTINGS.get(name, {})
-    extra = extra(model_path) if callable(extra) else extra
+    extra = extra() if callable(extra) else extra
     accumulation = ROWS // 4 // processes
     config = dict(
         optim="sgd",

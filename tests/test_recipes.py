@@ -130,7 +130,8 @@ def test_recipe_trains_two_steps(name, tiny, tmp_path, monkeypatch):
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(entry["loss"])) and entry["grad_norm"] > 0 for entry in log)
     # the second step trains on the rollout of the first: the policy has moved away from the one that generated
-    assert log[0]["trust/ratio/max"] == pytest.approx(1.0, abs=1e-5)
+    if trainer.args.needs_stale_rollouts:  # otherwise something else than updates separates them too, such as noise
+        assert log[0]["trust/ratio/max"] == pytest.approx(1.0, abs=1e-5)
     assert max(abs(log[1][f"trust/ratio/{extreme}"] - 1) for extreme in ("min", "max")) > 1e-4
     saved = "adapter_model.safetensors" if recipe.get("use_peft") else "model.safetensors"
     assert os.path.getsize(tmp_path / "out" / saved) > 0
