@@ -32,6 +32,7 @@ for _method in METHODS:
 
 if TYPE_CHECKING:
     from .distill.erpd import (
+    from .policy.alp import ALPConfig, ALPTrainer, alp_loss
         ERPDConfig,
         ERPDTeacherTrainer,
         ERPDTrainer,

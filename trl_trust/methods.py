@@ -159,6 +159,17 @@ METHODS: tuple[Method, ...] = (
         summary="a DPO-like loss on pairs of preference levels in place of advantages; a small KL to the old policy",
         loss="trpa_loss",
     ),
+    Method(
+        name="alp",
+        title="ALP",
+        module="trl_trust.policy.alp",
+        trainer="ALPTrainer",
+        config="ALPConfig",
+        paper="2603.19470",
+        grade="exact",
+        summary="one ratio, from the model with learnable noise at every layer to the sampler; no other correction",
+        loss="alp_loss",
+    ),
 )
 
 
