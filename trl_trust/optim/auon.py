@@ -208,7 +208,7 @@ class AuON(MatrixOptimizer):
             gamma=group["gamma"],
             ns_steps=group["ns_steps"],
             ns_coefficients=group["ns_coefficients"],
-            ns_dtype=NS_DTYPES[group["ns_dtype"]] if group["ns_dtype"] == "bfloat16" else None,
+            ns_dtype=NS_DTYPES[group["ns_dtype"]],
             rms_form=group["rms_form"],
             brake_scale=group["brake_scale"],
             eps=group["eps"],

@@ -15,7 +15,8 @@ from .matrix import MatrixOptimizer, ShapeScale, State
 
 # Keller Jordan's quintic: steep at zero, it does not converge to 1 but into about [.7, 1.15].
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# `None` is the precision of the update itself: float32, or float64 for float64 parameters.
+NS_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def newton_schulz(
