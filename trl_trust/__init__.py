@@ -32,7 +32,6 @@ for _method in METHODS:
 
 if TYPE_CHECKING:
     from .distill.erpd import (
-    from .policy.alp import ALPConfig, ALPTrainer, alp_loss
         ERPDConfig,
         ERPDTeacherTrainer,
         ERPDTrainer,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
+    from .policy.alp import ALPConfig, ALPTrainer, alp_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
