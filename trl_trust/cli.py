@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
     elif command == "quickstart":
         return import_module("trl_trust.quickstart.run").main(rest)
     elif command in SHOW:
-        SHOW[command]()
+        try:
+            SHOW[command]()
+            sys.stdout.flush()
+        except BrokenPipeError:  # `trl-trust methods | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif command in methods and wants_help:
         print(method_help(command))
     elif command in methods or command in TRL_SCRIPTS or command in OWN_SCRIPTS:
@@ -341,8 +345,10 @@ def show_table(rows) -> None:
 
 def show_recipes() -> None:
     """`trl-trust recipes`. The first line of a recipe says what it is."""
-    for name, path in recipes().items():
-        print(f"{name:<28}{path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+    known = recipes()
+    width = max(map(len, known)) + 2
+    for name, path in known.items():
+        print(f"{name:<{width}}{path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
 
 
 SHOW = {"methods": show_methods, "optimizers": show_optimizers, "recipes": show_recipes}

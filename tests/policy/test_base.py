@@ -21,9 +21,9 @@ from trl_trust.policy.base import (
     MULTIMODAL_INPUTS,
     PolicyLoss,
     _join_processes,
-    _masked_quantiles,
     _shuffle_groups,
     local_statistics,
+    masked_quantiles,
     paper,
     telemetry,
 )
@@ -475,15 +475,15 @@ def test_telemetry_of_a_hand_made_batch(tiny_model_path, tmp_path):
 
 
 @given(st.integers(0, 1000), st.floats(0, 1))
-def test_masked_quantiles_do_not_see_the_masked(seed, q):
+def testmasked_quantiles_do_not_see_the_masked(seed, q):
     g = torch.Generator().manual_seed(seed)
     x, live = torch.randn(3, 5, generator=g), torch.rand(3, 5, generator=g) > 0.4
     live[0, 0] = True
-    (got,) = _masked_quantiles(x, live, (q,))
+    (got,) = masked_quantiles(x, live, (q,))
     assert got == x[live].quantile(q, interpolation="nearest") or got in x[live]
-    low, high = _masked_quantiles(x, live, (0.0, 1.0))
+    low, high = masked_quantiles(x, live, (0.0, 1.0))
     assert low == x[live].min() and high == x[live].max()
-    assert all(value.isnan() for value in _masked_quantiles(x, torch.zeros_like(live), (0.01, 0.99)))
+    assert all(value.isnan() for value in masked_quantiles(x, torch.zeros_like(live), (0.01, 0.99)))
 
 
 def test_metrics_join_over_processes_by_weight_and_by_name():

@@ -28,9 +28,9 @@ from .base import (
     Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
-    _masked_quantiles,
     clipped_surrogate,
     is_number,
+    masked_quantiles,
     paper,
 )
 
@@ -87,7 +87,7 @@ def alp_loss(
         above = (per_token_loss > ceiling).float()
         per_token_loss = torch.minimum(per_token_loss, ceiling)
 
-    p02, p98 = _masked_quantiles(ratio.detach(), batch.mask > 0, (0.02, 0.98))
+    p02, p98 = masked_quantiles(ratio.detach(), batch.mask > 0, (0.02, 0.98))
     return PolicyLoss(
         per_token_loss,
         {

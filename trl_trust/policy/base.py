@@ -783,7 +783,7 @@ def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> d
         logps = batch.logps.detach()
         log_ratio = (logps - anchor_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).masked_fill(~live, 0.0)  # (B, T)
         ratio = torch.exp(log_ratio)
-        p01, p99 = _masked_quantiles(ratio, live, (0.01, 0.99))
+        p01, p99 = masked_quantiles(ratio, live, (0.01, 0.99))
         weight = ratio * batch.mask
         ess = weight.sum().square() / (weight.square().sum() * batch.mask.sum())  # NaN without live tokens
         zero = torch.ones_like(ratio) if gradient is None else (gradient == 0).float()
@@ -801,7 +801,7 @@ def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> d
         }
 
 
-def _masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
+def masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
     """Nearest-rank quantiles of `x` over `live`, or NaN. No boolean indexing, which would wait for the device."""
     ordered = x.masked_fill(~live, torch.nan).flatten().sort().values  # NaN comes last
     last = (live.sum() - 1).clamp(min=0)
