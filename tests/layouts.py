@@ -87,3 +87,5 @@ if __name__ == "__main__":
     for name in names or [m.name for m in METHODS if m.script is None]:
         parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
         torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort or hold up an orderly end

@@ -318,7 +318,7 @@ def test_the_real_thing(recipe, tmp_path, command):
         "    open('rank' + os.environ.get('RANK', '0'), 'w').write(os.environ.get('WORLD_SIZE', '1'))\n"
         "    return [float(i) for i in range(len(completions))]\n"
     )
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     ranks = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
     assert ranks == ({"rank0": "2", "rank1": "2"} if "--multi_gpu" in command else {"rank0": "1"})

@@ -118,7 +118,14 @@ def train(command: str, words: list[str], launch: bool) -> int:
             start = own.prepare(words)
         else:
             start = prepare(*parser.parse(words, launcher_options()))
-    return start() or 0
+    status = start() or 0
+    if not launch and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Leave without destructors: all is saved and closed, and where DDP drops the last reference to gloo's process
+        # group, torch 2.13 joins a thread that waits for the interpreter's lock, and hangs now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def method_script(name: str):
