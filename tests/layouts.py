@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_trainer
+from tiny import leave, tiny_config, tiny_trainer
 
 from trl_trust.methods import METHODS, get_method
 from trl_trust.quickstart.model import build_model
@@ -87,5 +87,4 @@ if __name__ == "__main__":
     for name in names or [m.name for m in METHODS if m.script is None]:
         parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
         torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort or hold up an orderly end
+    leave()

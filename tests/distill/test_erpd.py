@@ -14,7 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import loss_and_grad, parameter_gap, policy_batch, random_policy_batch
+from tiny import leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl.experimental.gkd import GKDTrainer
 
@@ -996,3 +996,4 @@ if __name__ == "__main__":  # under torchrun, for the fixture `two_processes`
     for name in LAYOUTS:
         result = layout_run(name, model_path, out / name, out / "rollouts", processes=2, accumulation=2)
         torch.save(result, out / f"{name}-{os.environ['RANK']}.pt")
+    leave()

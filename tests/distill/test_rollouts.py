@@ -93,8 +93,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(written, tiny_model_path, t
 
 def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
     script = (
-        "import sys; from test_rollouts import write; from accelerate import PartialState; "
-        "assert PartialState(cpu=True).num_processes == 2; write(sys.argv[1], sys.argv[2])"
+        "import sys; from test_rollouts import write; from tiny import leave; from accelerate import PartialState; "
+        "assert PartialState(cpu=True).num_processes == 2; write(sys.argv[1], sys.argv[2]); leave()"
     )
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

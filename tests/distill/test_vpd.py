@@ -895,7 +895,7 @@ import torch
 sys.path.insert(0, {tests!r}); sys.path.insert(0, {here!r})
 from layouts import scripted
 from test_vpd import reward_digits, say_digits, vpd_config
-from tiny import tiny_trainer
+from tiny import leave, tiny_trainer
 from trl_trust import VPDTrainer
 
 torch.set_num_threads(1)
@@ -914,6 +914,7 @@ for mode in ("replace", "extra"):
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     log = [(e["step"], e["vpd/e_loss"], e["vpd/shift"]) for e in trainer.state.log_history if "vpd/e_loss" in e]
     torch.save((parameters, log), Path({out!r}) / f"{{mode}}-{{rank}}-of-{{world}}.pt")
+leave()
 """
 
 

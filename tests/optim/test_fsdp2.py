@@ -10,6 +10,7 @@ import socket
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import leave
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -128,9 +129,7 @@ def worker(rank, port, body, *args):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
     body(*args)  # an exception travels to the test
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of gloo that outlive the interpreter now and then abort it, after all has passed
+    leave()
 
 
 def spawn(body, *args):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import leave
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -87,9 +88,7 @@ def worker(rank, port, body, *args):
     }  # fmt: skip
     torch.set_num_threads(1)
     body(rank, *args)  # an exception travels to the test
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of gloo and autograd that outlive the interpreter now and then abort it, after all passed
+    leave()
 
 
 def spawn(body, *args):

@@ -615,7 +615,7 @@ def test_bf16_autocast(tiny_model_path, tmp_path):
 
 TWO_PROCESSES = """
 import sys, torch
-from tiny import tiny_config, tiny_trainer
+from tiny import leave, tiny_config, tiny_trainer
 from trl_trust.policy.alp import ALPConfig, ALPTrainer
 
 class Watch(ALPTrainer):
@@ -634,6 +634,7 @@ trainer.train()
 rank = trainer.accelerator.process_index
 found = {"grad": trainer.grad, "key": trainer.key, "state": trainer.method_state()}
 torch.save(found, f"{sys.argv[2]}/rank-{rank}.pt")
+leave()
 """
 
 
