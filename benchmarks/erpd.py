@@ -53,7 +53,7 @@ TEACHERS = {
 STUDENTS = {
     "mse/weak": ("mse", {"signal": "weak", "staleness_clip": 2.0, "beta": 0.3}),
     "mse/weak, longer": ("mse", {"signal": "weak", "staleness_clip": 2.0, "beta": 0.5, "num_train_epochs": 16}),
-    "mse/weak, no staleness weight": ("mse", {"signal": "weak", "beta": 0.3}),
+    "mse/weak, no staleness weight": ("mse", {"signal": "weak", "staleness_clip": None, "beta": 0.3}),
     "mse/strong": ("mse", {"signal": "strong", "staleness_clip": 2.0}),
     "ce/strong": ("ce", {"signal": "strong", "staleness_clip": 2.0}),
     "sapo/strong": ("sapo", {"signal": "strong", "staleness_clip": 2.0}),

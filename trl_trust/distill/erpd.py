@@ -206,7 +206,7 @@ def erpd_student_loss(
     beta: float = 0.0,
     signal_clip: float | None = 5.0,
     outcome_gate: bool = False,
-    staleness_clip: float | None = None,
+    staleness_clip: float | None = 2.0,
 ) -> PolicyLoss:
     """Stage 2: PPO's clipped term with the token signal in the place of the advantage (a reconstruction).
 
@@ -221,7 +221,8 @@ def erpd_student_loss(
         beta: coefficient of the KL, see [`frozen_kl`].
         signal_clip: bound of |h|; `None` for none.
         outcome_gate: keep a signal only where it has the sign of the advantage.
-        staleness_clip: weight h by `min(old / base, staleness_clip)`; `None` for no weight.
+        staleness_clip: weight h by `min(old / base, staleness_clip)`; `None` for no weight. Ours, and on by default:
+            without it a constant part of the signal pushes away from base, once the student has left it.
 
     Returns:
         (B, T) loss. Metrics: `erpd/signal_mean`, `erpd/signal_clipped`, `erpd/signal_adv_agreement` (of the tokens
@@ -330,7 +331,7 @@ class ERPDConfig(GKDConfig):
         default=False, metadata={"help": "Stage 2: keep a signal only where it has the sign of the advantage."}
     )
     staleness_clip: float | None = field(
-        default=None, metadata={"help": "Stage 2: weight a token by old/base, at most this; unset: no weight."}
+        default=2.0, metadata={"help": "Stage 2: weight a token by old/base, at most this; null: no weight."}
     )
     epsilon: float = field(default=0.2, metadata={"help": "Stage 2: width of the trust region below 1, in [0, 1)."})
     epsilon_high: float = field(default=0.28, metadata={"help": "Stage 2: width of the trust region above 1, >= 0."})
