@@ -133,6 +133,11 @@ def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Each matrix over its largest entry: the squares of what is left neither underflow nor overflow. Zero stays."""
+    return x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def fismo_reference(
     grad: Tensor,
     p: Tensor,
@@ -315,12 +320,15 @@ class FISMO(MatrixOptimizer):
         torch._foreach_lerp_(averages, list(new.unbind()), 1 - group["momentum"])
         average = _stack(states, "momentum_buffer")
         whitened = both(whiten, average) if group["momentum_space"] == "param" else average
+        # The step does not depend on the scale of the gradient, so Muon's floor of the norm has no place here.
+        unit = _unit(whitened)
         if group["ns_steps"] == 0:
-            orthogonal = polar(whitened)
+            orthogonal = polar(unit)
         else:
-            tiny = torch.finfo(whitened.dtype).tiny
             dtype = NS_DTYPES[group["ns_dtype"]] if group["ns_dtype"] == "bfloat16" else None
-            orthogonal = muon_direction(whitened, group["ns_steps"], group["ns_coefficients"], tiny, dtype)
+            # The norm is 1 or more, except where a momentum has decayed into subnormal numbers: a floor of 1 lets that
+            # one fade, which otherwise would go on stepping at full length in the direction of its last bits.
+            orthogonal = muon_direction(unit, group["ns_steps"], group["ns_coefficients"], 1.0, dtype)
         direction = both(unwhiten, orthogonal)
         if group["graft"] == "polar":
             norm = torch.linalg.matrix_norm(direction, keepdim=True)
@@ -340,6 +348,8 @@ class FISMO(MatrixOptimizer):
     def _refresh(self, grads: Tensor, states: Sequence[State], group: dict[str, Any]) -> None:
         """Update factors and roots; where that fails, keep the old ones and count."""
         kind, m, n = group["root"], *grads.shape[-2:]
+        if group["damping"] == "relative":  # which does not see the scale
+            grads = _unit(grads)
         good = torch.ones_like(grads[..., :1, :1], dtype=torch.bool)  # (k, ..., 1, 1)
         new = {}
 
@@ -348,7 +358,7 @@ class FISMO(MatrixOptimizer):
             factor = blend_factor(factor, data, group["factor_decay"], group["damping"], group["damping_value"])
             root, rooted = inverse_root(factor, kind, group["eig_floor"])
             new[f"{side}_factor"], new[f"{side}_root"] = factor, root
-            return root, rooted
+            return root, rooted & torch.isfinite(_trace(data))  # `relative` leaves such data out, but it is a failure
 
         left, right = _stack(states, "left_root"), _stack(states, "right_root")
         if left is not None:
@@ -367,8 +377,9 @@ class FISMO(MatrixOptimizer):
             if state["failures"] > group["max_failures"]:
                 raise RuntimeError(
                     f"FISMO could not update the factors of a {m}x{n} matrix {state['failures']} times in a row "
-                    f"(max_failures={group['max_failures']}): its gradient is not finite, or P and Q are out of hand; "
-                    "use damping='relative', a larger damping_value, or gradient clipping"
+                    f"(max_failures={group['max_failures']}). Either its gradient is not finite: skip_nonfinite=True "
+                    "leaves such steps out. Or P and Q are out of hand: use damping='relative', a larger "
+                    "damping_value, or gradient clipping"
                 )
         if group["damping"] == "paper" and states[0]["step"] // group["update_interval"] == WARN_STEP:
             self._warn_if_idle(states)
