@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust import RLADConfig, RLADTrainer, rlad_loss
-from trl_trust.distill.rlad import different_ids
+from trl_trust.distill.common import different_ids
 from trl_trust.policy.base import grpo_loss
 
 
@@ -262,6 +262,12 @@ def test_bad_settings_raise(settings, message):
     assert name in str(error.value) and str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["{bad", '"abc"', "[1]", [1]])
+def test_loading_options_that_are_no_mapping_raise(value):
+    with pytest.raises(ValueError, match=r"teacher_model_init_kwargs=.* mapping"):
+        tiny_config(RLADConfig, teacher_model_init_kwargs=value)
+
+
 def test_defaults_are_the_papers_and_json_is_read():
     args = tiny_config(RLADConfig, teacher_model_init_kwargs='{"dtype": "bfloat16"}')
     assert (args.alpha, args.teacher_log_ratio_clip, args.epsilon, args.epsilon_high) == (0.5, 1.0, 0.2, 0.28)
@@ -473,7 +479,7 @@ def test_another_tokenizer_is_refused(tiny_model_path, teacher_path, tmp_path):
     assert swapped != text
     (tmp_path / "other" / "tokenizer.json").write_text(swapped)
     args = rlad_config(tmp_path, teacher_model_name_or_path=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"2 tokens differ.*'7' is 10 to the policy, and to the teacher 11"):
+    with pytest.raises(ValueError, match=r"2 tokens differ.*'7' is 10 to the policy, and 11 here"):
         tiny_trainer(RLADTrainer, tiny_model_path, args)
 
 
@@ -501,3 +507,19 @@ def test_a_teacher_without_a_tokenizer_is_taken_on_trust(tiny_model_path, teache
     args = rlad_config(tmp_path, teacher_model_name_or_path=str(tmp_path / "bare"))
     tiny_trainer(RLADTrainer, tiny_model_path, args)
     assert "no tokenizer to compare token ids with" in caplog.text
+
+
+def test_the_teachers_tokenizer_is_loaded_under_the_teachers_terms(
+    tiny_model_path, teacher_path, tmp_path, monkeypatch
+):
+    asked, load = [], AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return load(name)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    terms = {"revision": "main", "trust_remote_code": True}
+    args = rlad_config(tmp_path, teacher_model_name_or_path=teacher_path, teacher_model_init_kwargs=terms)
+    tiny_trainer(RLADTrainer, tiny_model_path, args)
+    assert (teacher_path, terms) in asked

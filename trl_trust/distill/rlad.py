@@ -9,7 +9,6 @@ v2). The gradient of a saturated clamp and the form of the KL in the KDRL baseli
 option here, the second is the k3 estimator that TRL uses for the reference.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..policy.base import (
     PolicyBatch,
@@ -30,6 +29,7 @@ from ..policy.base import (
     is_number,
     paper,
 )
+from .common import as_mapping, check_token_ids, text_tokenizer
 
 
 logger = get_logger(__name__)
@@ -127,7 +127,8 @@ class RLADConfig(TrustGRPOConfig):
             Weight, >= 0, of KL(policy || teacher). With `alpha=1` it is the baseline called KDRL in the paper.
 
     Raises:
-        ValueError: for values outside the above, or `delta` or `importance_sampling_level` other than TRL's default.
+        ValueError: for values outside the above, `teacher_model_init_kwargs` that are no mapping, or `delta` or
+            `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
@@ -172,8 +173,7 @@ class RLADConfig(TrustGRPOConfig):
     )
 
     def __post_init__(self):
-        if isinstance(self.teacher_model_init_kwargs, str):
-            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        self.teacher_model_init_kwargs = as_mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         super().__post_init__()
 
     @property
@@ -254,40 +254,19 @@ class RLADTrainer(TrustGRPOTrainer):
             )
         init_kwargs = {"dtype": "auto", **(config.teacher_model_init_kwargs or {})}
         self.teacher_model = self.add_frozen_model(teacher, init_kwargs, temperature=config.teacher_temperature)
-        self._check_token_ids(init_kwargs.get("revision"))
+        # its tokenizer is found where the teacher is, and under the same terms
+        names = ("revision", "trust_remote_code")
+        terms = {"trust_remote_code": config.trust_remote_code, **init_kwargs}
+        self._check_token_ids(**{name: terms[name] for name in names if name in terms})
 
-    def _check_token_ids(self, revision: str | None) -> None:
+    def _check_token_ids(self, **options) -> None:
         """Raise `ValueError` unless every token of the policy is the same one to the teacher."""
         teacher = self.accelerator.unwrap_model(self.teacher_model).config
-        name, size = teacher.name_or_path, teacher.get_text_config().vocab_size
-        self._teacher_vocab_size = size
-        ours = text_tokenizer(self.processing_class).get_vocab()
+        self._teacher_vocab_size = teacher.get_text_config().vocab_size
         reachable = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
-        highest = max(id_ for id_ in ours.values() if id_ < reachable)
-        if highest >= size:
-            raise ValueError(
-                f"teacher_model={name!r} knows {size} token ids, but the policy's tokens go up to {highest}; choose a "
-                f"teacher of the same family."
-            )
-        try:
-            trust = self.args.trust_remote_code
-            loaded = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
-            theirs = text_tokenizer(loaded).get_vocab()
-        except (OSError, ValueError):  # a model built in memory has no name
-            theirs = {}
-        # without its files, transformers makes up a tokenizer of a token or two
-        if not ours.keys() & theirs.keys():
-            logger.warning(
-                f"teacher_model={name!r} has no tokenizer to compare token ids with; they are taken as equal."
-            )
-            return
-        different = different_ids(ours, theirs)
-        if different:
-            token, id_, other = different[0]
-            raise ValueError(
-                f"teacher_model={name!r} has another tokenizer than the policy ({len(different)} tokens differ): "
-                f"{token!r} is {id_} to the policy, and to the teacher {other}. Choose a teacher of the same family."
-            )
+        ids = text_tokenizer(self.processing_class).get_vocab().values()
+        highest = max(id_ for id_ in ids if id_ < reachable)
+        check_token_ids("teacher_model", teacher, self.processing_class, highest, **options)
 
     def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
         if self.teacher_model is None:
@@ -306,26 +285,6 @@ class RLADTrainer(TrustGRPOTrainer):
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
         return rlad_loss(batch, **self.settings(rlad_loss))
-
-
-def text_tokenizer(processing_class) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one inside a processor."""
-    return getattr(processing_class, "tokenizer", processing_class)
-
-
-def different_ids(ours: dict[str, int], theirs: dict[str, int]) -> list[tuple[str, int, int | str]]:
-    """(token, our id, their id of it or their token of our id), for tokens that two vocabularies do not agree on.
-
-    A token that only we have is no conflict as long as its id means nothing to them: padding that was added.
-    """
-    tokens = {id_: token for token, id_ in theirs.items()}
-    conflicts = []
-    for token, id_ in sorted(ours.items(), key=lambda item: item[1]):
-        if theirs.get(token, id_) != id_:
-            conflicts.append((token, id_, theirs[token]))
-        elif token not in theirs and id_ in tokens:
-            conflicts.append((token, id_, repr(tokens[id_])))
-    return conflicts
 
 
 def synchronized_time() -> float:
