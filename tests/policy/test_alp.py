@@ -608,6 +608,15 @@ def test_noise_without_effect_is_a_warning(tiny_model_path, tmp_path, caplog):
     assert caplog.text.count("The noise does nothing: KL(clean || perturbed) is") == 1
 
 
+def test_steps_without_a_live_token_say_nothing_of_the_noise(tiny_model_path, tmp_path, caplog):
+    logging.getLogger("trl_trust.policy.alp").propagate = True
+    settings = dict(mask_truncated_completions=True, max_completion_length=1, max_steps=2, seed=1)
+    with caplog.at_level(logging.WARNING, logger="trl_trust.policy.alp"):
+        trainer = alp_run(tiny_model_path, tmp_path, perturbation_sigma=1e-2, **settings)
+    assert entries(trainer)[0]["trust/ess"] is None
+    assert "does nothing" not in caplog.text and not trainer._warned
+
+
 def test_bf16_autocast(tiny_model_path, tmp_path):
     trainer = alp_run(tiny_model_path, tmp_path, bf16=True, perturbation_sigma=0.3, max_steps=2)
     assert entries(trainer)[0]["alp/kl/perturbed"] > 0 and trainer.noise.log_sigma.dtype == torch.float32

@@ -376,6 +376,38 @@ def test_a_plain_grpo_config_is_enough(tiny_model_path, tmp_path):
         tiny_trainer(DISPOTrainer, tiny_model_path, tiny_config(GRPOConfig, tmp_path, epsilon=0.3))
 
 
+def test_the_config_of_another_method_is_refused(tiny_model_path, tmp_path):
+    with pytest.raises(ValueError, match="args is a DPPOConfig, the config of another method: use a DISPOConfig"):
+        tiny_trainer(DISPOTrainer, tiny_model_path, tiny_config(DPPOConfig, tmp_path))
+    assert tiny_trainer(DISPOTrainer, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path)).args.epsilon_pos_high
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vllm_importance_sampling_mode", "token_mask"),
+        ("vllm_importance_sampling_clip_max", 1.5),
+        ("vllm_importance_sampling_clip_min", 0.5),
+    ],
+)
+def test_fields_of_a_correction_that_is_not_made_raise(name, value):
+    settings = {"use_vllm": True, name: value}
+    with pytest.raises(ValueError, match=f"{name}={value!r}: DPPOConfig does not read.*is already to the sampler"):
+        tiny_config(DPPOConfig, **settings)
+    tiny_config(DPPOConfig, anchor="old", **settings)
+    tiny_config(DISPOConfig, **settings)
+
+
+def test_a_failed_construction_leaves_beta_alone(tiny_model_path, tmp_path):
+    class NeedsReference(TrustGRPOConfig):
+        needs_reference = True
+
+    args = tiny_config(NeedsReference, tmp_path)
+    with pytest.raises(ValueError):
+        tiny_trainer(TrustGRPOTrainer, tiny_model_path, args, reward_funcs=[])
+    assert args.beta == 0.0
+
+
 def test_a_field_at_trls_default_takes_the_methods_default(tmp_path):
     from dataclasses import dataclass
 

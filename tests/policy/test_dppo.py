@@ -78,10 +78,11 @@ PI = [[0.02, 0.97, 0.15], [0.50, 0.10, 0.01]]
     ("settings", "loss", "grad"),
     [
         ({}, -13.194270, [[-0.333333, 0, -0.5], [0.138889, 0, 3.333333]]),
+        ({"ratio_cap": None}, -74.596539, [[-0.333333, 0, -0.5], [0.138889, 0, 16.666667]]),
         ({"divergence": "kl"}, -14.142830, [[-0.333333, 0, 0], [0.138889, 0, 3.333333]]),
         ({"surrogate": "ratio"}, 15.972222, [[-0.333333, 0, -0.5], [0.138889, 0, 16.666667]]),
     ],
-    ids=["tv", "kl", "tv-ratio"],
+    ids=["tv", "uncapped", "kl", "tv-ratio"],
 )
 def test_worked_loss(settings, loss, grad):
     got, got_grad, _ = loss_and_grad(dppo_loss, from_probabilities(MU, PI, [1, -1]), **settings)

@@ -435,6 +435,15 @@ def test_lora_on_the_fused_head_with_bf16_autocast(tiny_model_path, tmp_path):
     assert log[0]["mdpo/divergence"] == pytest.approx(0, abs=1e-6) and log[1]["mdpo/divergence"] > 0
 
 
+@pytest.mark.parametrize("divergence", ["unbiased", "full"])
+def test_an_evaluation_between_updates_changes_no_update(tiny_model_path, tmp_path, divergence):
+    models = []
+    for name, evaluation in (("a", {}), ("b", dict(eval_strategy="steps", eval_steps=1))):
+        args = tiny_config(MDPOConfig, tmp_path / name, divergence=divergence, **evaluation)
+        models.append(tiny_run(MDPOTrainer, tiny_model_path, args, eval_dataset=problems("test", 4)).model)
+    assert parameter_gap(*models) == 0.0
+
+
 def test_evaluation(tiny_model_path, tmp_path):
     args = tiny_config(MDPOConfig, tmp_path, divergence="full", per_device_eval_batch_size=4, max_steps=2)
     trainer = tiny_trainer(MDPOTrainer, tiny_model_path, args, eval_dataset=problems("test", 4))

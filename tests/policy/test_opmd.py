@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from tiny import loss_and_grad, parameter_gap, random_policy_batch, tiny_config, tiny_run, tiny_trainer
+from tiny import loss_and_grad, parameter_gap, policy_batch, random_policy_batch, tiny_config, tiny_run, tiny_trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.base import PolicyBatch
@@ -172,6 +172,22 @@ def test_recentring_is_the_pairwise_form_of_the_live_responses(seed, tau):
     u = (batch.advantages - tau * ((batch.logps - batch.old_logps) * batch.mask).sum(1, keepdim=True))[live]
     pairs = (u - u.T).square().mean() / 2
     torch.testing.assert_close(out.per_token_loss[live].mean(), pairs / (2 * tau))
+
+
+def test_an_unscored_response_has_no_part_in_recentring():
+    scored = policy_batch(
+        logps=[[-1.0], [-2.0], [-3.0]], old_logps=[[-1.5], [-1.9], [-3.0]], advantages=[0.5, -0.7, 0.3]
+    )
+    scored = replace(scored, rewards=f64([1, 0, 1]), group=torch.zeros(3, dtype=torch.long))
+    with_one_more = policy_batch(
+        logps=[[-1.0], [-2.0], [-4.0], [-3.0]],
+        old_logps=[[-1.5], [-1.9], [-4.0], [-3.0]],
+        advantages=[0.5, -0.7, 0.0, 0.3],
+    )
+    with_one_more = replace(with_one_more, rewards=f64([1, 0, math.nan, 1]), group=torch.zeros(4, dtype=torch.long))
+    one, two = (opmd_loss(b, tau=0.5, recentre=True).per_token_loss for b in (scored, with_one_more))
+    torch.testing.assert_close(two[[0, 1, 3]], one)
+    assert two[2] == 0.0
 
 
 @given(seeds)

@@ -241,6 +241,14 @@ _OTHER_LOSSES = {
 }
 
 
+# Fields of TRL 1.16 that shape the vLLM correction.
+_VLLM_WEIGHTS = (
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)
+
+
 @dataclass
 class TrustGRPOConfig(GRPOConfig):
     r"""
@@ -300,7 +308,12 @@ class TrustGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} must be 'token' or 'sequence'."
             )
-        for name, mend in self.unread_fields.items():
+        unread = dict(self.unread_fields)
+        if self.use_vllm and self.anchors_on_sampler:
+            unread |= dict.fromkeys(
+                _VLLM_WEIGHTS, "the ratio is already to the sampler, so there is nothing to correct"
+            )
+        for name, mend in unread.items():
             value, default = getattr(self, name), GRPOConfig.__dataclass_fields__[name].default
             if value != default:
                 raise ValueError(
@@ -331,7 +344,15 @@ class TrustGRPOConfig(GRPOConfig):
         """Turn a plain `GRPOConfig` into this class, so that swapping the trainer class alone is enough.
 
         A field at TRL's default takes this class's default where the two differ.
+
+        Raises:
+            ValueError: for the config of another method of this package, whose settings would be lost.
         """
+        if isinstance(args, TrustGRPOConfig) and not issubclass(cls, type(args)):
+            raise ValueError(
+                f"args is a {type(args).__name__}, the config of another method: use a {cls.__name__}, or a "
+                f"GRPOConfig for the defaults of the method."
+            )
         # `args` is already processed (dtypes, derived batch sizes), so it is copied, not constructed a second time
         config = copy.copy(args)
         config.__class__ = cls
@@ -389,10 +410,12 @@ class TrustGRPOTrainer(GRPOTrainer):
         beta = args.beta
         if args.needs_reference and beta == 0.0:
             # TRL 1.16 loads, spreads and scores a reference (a copy, or the model without its adapter) unless `beta`
-            # is 0. With the least positive number in its place the KL is logged and adds exactly 0 to a float32 loss.
+            # is 0. With the least positive number in its place the KL is logged; `compute_loss` does not add it.
             args.beta = math.ulp(0.0)
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        args.beta = beta
+        try:
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        finally:
+            args.beta = beta  # the caller's, who may try again with the same `args`
         if args.needs_stale_rollouts and self._updates_are_on_policy():
             logger.warning(
                 f"With gradient_accumulation_steps={args.gradient_accumulation_steps}, "
@@ -421,7 +444,8 @@ class TrustGRPOTrainer(GRPOTrainer):
     def begin_step(self, micro_batches: list[dict[str, Any]]) -> None:
         """Called in training before an optimizer step, with its micro-batches as far as they are generated.
 
-        They are all there when `steps_per_generation` is a multiple of `gradient_accumulation_steps`.
+        They are all there when `steps_per_generation` is a multiple of `gradient_accumulation_steps`. Only then is
+        this reliable: otherwise the last, shorter accumulation of an epoch shifts the count.
         """
 
     def method_state(self) -> dict[str, Any]:
@@ -509,8 +533,9 @@ class TrustGRPOTrainer(GRPOTrainer):
         per_token_loss = self._reweight(policy.per_token_loss, batch, entropy_mask, inputs)
         if self.beta != 0.0:
             kl = self._reference_kl(batch, anchor_logps)
-            per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = kl
+            if self.args.beta != 0.0:  # else it is only looked at: times 0 it could still be NaN
+                per_token_loss = per_token_loss + self.beta * kl
 
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         loss, policy_loss = self._aggregate(per_token_loss, batch.mask, inputs["num_items_in_batch"], accumulation)
@@ -580,6 +605,7 @@ class TrustGRPOTrainer(GRPOTrainer):
         add_fused_lm_head(
             model.get_base_model() if is_peft_model(model) else model,
             temperature=self.temperature if temperature is None else temperature,
+            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
         )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)

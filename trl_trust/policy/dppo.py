@@ -79,7 +79,7 @@ def dppo_loss(
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
     capped = torch.zeros_like(drop) if ratio_cap is None else ratio.detach() > ratio_cap
     if surrogate == "logp":
-        weight = ratio.detach().clamp(max=ratio_cap)
+        weight = ratio.detach() if ratio_cap is None else ratio.detach().clamp(max=ratio_cap)
         per_token_loss = -keep * advantages * weight * batch.logps
     else:
         per_token_loss = -keep * advantages * ratio

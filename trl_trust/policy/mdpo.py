@@ -42,8 +42,13 @@ _NO_CLIP = {
 }
 
 
-def _require_sequence_correction(args: TrustGRPOConfig) -> None:
-    """Refuse a vLLM correction per token where the action is the response and its loss one number."""
+def _require_whole_responses(args: TrustGRPOConfig) -> None:
+    """Refuse what selects or weights tokens where the action is the response and its loss one number."""
+    args._require(
+        args.top_entropy_quantile == 1.0,
+        "top_entropy_quantile",
+        "selects tokens, but here a response is one action: leave it at 1.0",
+    )
     if args.use_vllm and args.vllm_importance_sampling_correction:
         args._require(
             args.vllm_importance_sampling_mode.startswith("sequence"),
@@ -133,8 +138,8 @@ class MDPOConfig(TrustGRPOConfig):
 
     Raises:
         ValueError: for values outside the above, `loss_type` other than `"grpo"` at `level="sequence"`, a vLLM
-            correction per token there, or `epsilon`, `epsilon_high`, `delta` or `importance_sampling_level` other than
-            TRL's default.
+            correction per token or `top_entropy_quantile` there, or `epsilon`, `epsilon_high`, `delta` or
+            `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
@@ -185,7 +190,7 @@ class MDPOConfig(TrustGRPOConfig):
                 "loss_type",
                 "must be 'grpo' with level='sequence', where a response is one action",
             )
-            _require_sequence_correction(self)
+            _require_whole_responses(self)
 
 
 class MDPOTrainer(TrustGRPOTrainer):
@@ -220,8 +225,9 @@ class MDPOTrainer(TrustGRPOTrainer):
         return annealed_step_size(k, max(iterations, 1), args.step_size, args.step_size_min)
 
     def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        # without stored log-probabilities no update separates generation and training: the divergence is 0
-        if self.args.divergence != "full" or "old_per_token_logps" not in rollouts.tensors:
+        # Without stored log-probabilities no update separates generation and training: the divergence is 0. So it is
+        # in evaluation, which must leave alone the head that was kept for the updates still to come.
+        if not self.model.training or self.args.divergence != "full" or "old_per_token_logps" not in rollouts.tensors:
             return {}
         with self._old_policy.recording(rollouts.tensors["completion_ids"].size(1)) as hidden:
             self.score_rollouts(rollouts.tensors)
@@ -346,8 +352,9 @@ def opmd_loss(
     Args:
         tau: strength of the regularisation, in units of the reward, > 0.
         norm: 1 for `"none"`, the number of live tokens for `"length"`, `max_completion_length` for `"max_length"`.
-        recentre: subtract from each residual the mean over the live responses of its group (`batch.group`, whole
-            groups needed), which carries gradient: the loss is then the same for every baseline.
+        recentre: subtract from each residual the mean over the live, scored responses of its group (`batch.group`,
+            whole groups needed), which carries gradient. The loss is then the same for `"mean"` and `"log_mean_exp"`,
+            whose baseline is one number a group; a leave-one-out baseline differs between responses and stays.
 
     Returns:
         loss (B, 1); metrics `opmd/residual/mean_abs` (|A - tau s|), `opmd/log_ratio/mean` and `opmd/log_ratio/std` (s;
@@ -357,9 +364,13 @@ def opmd_loss(
     log_ratio = ((batch.logps - batch.old_logps) * batch.mask).sum(-1, keepdim=True)  # (B, 1)
     residual = batch.advantages - tau * log_ratio
     if recentre:
-        same = (batch.group.unsqueeze(1) == batch.group.unsqueeze(0)).to(residual.dtype)  # (B, B)
-        same = same * (length > 0).to(residual.dtype).T
-        residual = residual - same @ residual / same.sum(-1, keepdim=True).clamp(min=1.0)
+        counts = length > 0  # (B, 1)
+        if batch.rewards is not None:
+            counts = counts & ~batch.rewards.isnan().unsqueeze(1)
+        same = (batch.group.unsqueeze(1) == batch.group.unsqueeze(0)) & counts.T  # (B, B)
+        same = same.to(residual.dtype)
+        mean = same @ residual / same.sum(-1, keepdim=True).clamp(min=1.0)
+        residual = residual - torch.where(counts, mean, 0.0)
     divisor = {"none": 1.0, "length": length.clamp(min=1.0), "max_length": max_completion_length}[norm]
 
     detached = log_ratio.detach()
@@ -391,14 +402,14 @@ class OPMDConfig(TrustGRPOConfig):
         norm (`str`, *optional*, defaults to `"length"`):
             Divisor of a response's loss: `"none"` (the reports' formula), `"length"`, `"max_length"`.
         recentre (`bool`, *optional*, defaults to `False`):
-            Pairwise form, free of the baseline. A micro-batch must then hold whole groups.
+            Pairwise form: what a baseline has in common over a group cancels. A micro-batch must hold whole groups.
         reset_optimizer (`bool`, *optional*, defaults to `False`):
             Clear the optimizer's state at each new generation batch (Kimi k1.5).
 
     Raises:
         ValueError: for values outside the above, `loss_type` or `scale_rewards` other than the defaults, a vLLM
-            correction per token, or `epsilon`, `epsilon_high`, `delta`, `importance_sampling_level` or
-            `multi_objective_aggregation` other than TRL's default.
+            correction per token, or `top_entropy_quantile`, `epsilon`, `epsilon_high`, `delta`,
+            `importance_sampling_level` or `multi_objective_aggregation` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
@@ -424,9 +435,7 @@ class OPMDConfig(TrustGRPOConfig):
         default="length",
         metadata={"help": "Divisor of a response's loss.", "choices": ["none", "length", "max_length"]},
     )
-    recentre: bool = field(
-        default=False, metadata={"help": "Subtract the group's mean residual: a pairwise form without baseline."}
-    )
+    recentre: bool = field(default=False, metadata={"help": "Subtract the group's mean residual: the pairwise form."})
     reset_optimizer: bool = field(
         default=False, metadata={"help": "Clear the optimizer's state at each new generation batch."}
     )
@@ -445,7 +454,7 @@ class OPMDConfig(TrustGRPOConfig):
         self._require(
             self.scale_rewards == "none", "scale_rewards", "must be 'none': tau log(new / old) has units of the reward"
         )
-        _require_sequence_correction(self)
+        _require_whole_responses(self)
 
 
 class OPMDTrainer(TrustGRPOTrainer):
