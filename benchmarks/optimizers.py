@@ -29,6 +29,12 @@ def layers(width, depth):
     return ([(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]) * depth
 
 
+def adapters(width, depth, rank=16):
+    """LoRA's A and B on all seven projections of `depth` layers: many equal shapes, as people train them."""
+    squares, wide = [(rank, width), (width, rank)], [(rank, 4 * width), (4 * width, rank)]
+    return (squares * 4 + [squares[0], wide[1]] * 2 + [wide[0], squares[1]]) * depth
+
+
 def parameters(shapes, device, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(device, dtype)) for s in shapes]
@@ -52,18 +58,21 @@ def pairs():
             lambda d: adamw(parameters(GPT2_SMALL, d)),
         )
     }
-    for width in (64, 128, 256, 512):
-        depth = 24 if width <= 128 else 4
-        bound = 0.5 if width == 64 else None
+    models = {
+        **{str(width): (f"24 layers of width {width}", layers(width, 24)) for width in (64, 128)},
+        **{str(width): (f"4 layers of width {width}", layers(width, 4)) for width in (256, 512)},
+        "lora": ("LoRA of rank 16 on 24 layers of width 1024", adapters(1024, 24)),
+    }
+    for label, (model, shapes) in models.items():
+        bound = 0.5 if label == "64" else None
         for name, ours in (
             ("muon", lambda p: Muon(p, lr=0.02)),
             ("hybrid_auon_repo", lambda p: HybridAuON(p, lr=0.02, variant="repo", ns_dtype="bfloat16")),
             ("hybrid_auon_paper", lambda p: HybridAuON(p, lr=0.02, ns_dtype="bfloat16")),
         ):
-            shapes = layers(width, depth)
             steps = 1 if "paper" in name else 5
-            rows[f"{name}_{width}"] = (
-                f"{name} ({steps} Newton-Schulz steps, bf16) / torch.optim.Muon (5), {depth} layers of width {width}",
+            rows[f"{name}_{label}"] = (
+                f"{name} ({steps} Newton-Schulz steps, bf16) / torch.optim.Muon (5), {model}",
                 bound,
                 lambda d, ours=ours, shapes=shapes: ours(parameters(shapes, d)),
                 lambda d, shapes=shapes: torch_muon(parameters(shapes, d)),

@@ -1,9 +1,12 @@
-"""Measure the quickstart over several seeds and write `benchmarks/results/quickstart.json`.
+r"""Measure the quickstart over several seeds and write `benchmarks/results/quickstart.json`.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --method dispo
 
-runs `trl-trust quickstart` once a seed, everything else at its default, and keeps the last numbers of each run (the
-table it prints, not the curves). Two to three minutes a seed on two cores.
+runs `trl-trust quickstart` once a seed and keeps the last numbers of each run (the table it prints, not the curves).
+Two to three minutes a seed on two cores. Other options go to the quickstart as they are:
+
+    python benchmarks/quickstart.py --method grpo --optim hybrid_auon \
+        --optim-args shape_scale=match_rms_adamw,aux_lr=3e-4 --output benchmarks/results/quickstart_hybrid_auon.json
 """
 
 import argparse
@@ -21,12 +24,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", nargs="+", default=["dispo"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quickstart.json")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
 
     seeds, last = {}, {}
     for seed in args.seeds:
         with TemporaryDirectory() as folder:
-            status = run.main(["--seed", str(seed), "--method", *args.method, "--output-dir", folder])
+            status = run.main(["--seed", str(seed), "--method", *args.method, "--output-dir", folder, *others])
             if status:
                 return status
             last = json.loads((Path(folder) / "metrics.json").read_text())

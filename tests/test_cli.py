@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from trl_trust import cli, script
 from trl_trust.methods import METHODS, get_method
-from trl_trust.optimizers import OPTIMIZERS
+from trl_trust.optimizers import OPTIMIZERS, get_optimizer
 
 
 METHOD_NAMES = [method.name for method in METHODS]
@@ -401,15 +401,20 @@ def test_saves_and_pushes_as_asked(recipe, tmp_path, monkeypatch):
 # -- TRL's own scripts -----------------------------------------------------------------------------------------------
 
 
-def test_trl_script_with_our_optimizer(recipe, tmp_path, capsys):
+@pytest.mark.parametrize("optim", ["auon", "hybrid_auon"])
+def test_trl_script_with_our_optimizer(optim, recipe, tmp_path, capsys, monkeypatch):
+    rule, calls = get_optimizer(optim).load(), []
+    direction = rule.direction
+    monkeypatch.setattr(rule, "direction", lambda *args: (calls.append(1), direction(*args))[1])
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{a}+1={a + 1}"}) for a in range(8)))
     path = recipe(dataset_name=None, datasets=[{"path": "json", "data_files": str(tmp_path / "text.jsonl")}])
     settings = yaml.safe_load(Path(path).read_text())
     for name in ("reward_funcs", "num_generations", "steps_per_generation", "max_completion_length"):
         del settings[name]  # GRPO's own
-    Path(path).write_text(yaml.safe_dump({**settings, "optim": "auon"}))
+    Path(path).write_text(yaml.safe_dump({**settings, "optim": optim}))
     assert cli.main(["sft", "--config", path], launch=False) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert calls
     assert "did you mean 'max_length'?" in error_of(capsys, "sft", "--config", path, "--max_lenght", "8")
 
 
