@@ -118,6 +118,134 @@ def test_other_settings_are_refused(written, tiny_model_path):
         write(tiny_model_path, written, lambda completions, **kwargs: [0.0] * len(completions))
 
 
+def test_another_data_set_or_another_model_is_refused(tiny_model_path, tmp_path):
+    """An interrupted run must not be finished with other prompts, a prompt in another form, or other weights."""
+    write(tiny_model_path, tmp_path)
+    (tmp_path / "part-00001.parquet").unlink()
+    data = problems("train", 20)
+    with pytest.raises(ValueError, match="prompts_sha256="):
+        write(tiny_model_path, tmp_path, data=problems("test", 20))
+    with pytest.raises(ValueError, match="prompts_sha256="):
+        write(tiny_model_path, tmp_path, data=data.map(lambda row: {"prompt": f"0+{row['prompt']}"}))
+    how = lambda **options: write_rollouts(tiny_model_path, data, digits_reward, config(tmp_path), **options)
+    with pytest.raises(ValueError, match="model_init_kwargs=.*float64"):
+        how(model_init_kwargs={"dtype": "float64"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    tokenizer.eos_token = "7"
+    with pytest.raises(ValueError, match="eos_token_id="):
+        how(processing_class=tokenizer)
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(2)  # as a merged adapter changes it
+    with pytest.raises(ValueError, match="weights="):
+        write_rollouts(other, data, digits_reward, config(tmp_path))
+
+
+def test_the_template_is_told_what_the_config_says(tiny_model_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if short %}={% endif %}"
+    data = problems("train", 20).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    how = lambda **settings: write_rollouts(
+        tiny_model_path,
+        data,
+        lambda completions, **_: [1.0] * len(completions),
+        config(tmp_path, **settings),
+        tokenizer,
+    )
+    row = load_rollouts(how(chat_template_kwargs='{"short": true}'))[0]  # as on a command line
+    assert tokenizer.decode(row["prompt_ids"]) == row["prompt"][0]["content"] + "="
+    with pytest.raises(ValueError, match="chat_template_kwargs=None, but"):
+        how()
+
+
+def test_every_end_ends_a_response(tiny_model_path, tmp_path):
+    """The model's and the tokenizer's, as in TRL."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    models_own, tokenizer.eos_token = tokenizer.eos_token_id, "7"
+    folder = write_rollouts(
+        tiny_model_path, problems("train", 20), digits_reward, config(tmp_path, max_completion_length=16), tokenizer
+    )
+    ends = {models_own, tokenizer.eos_token_id}
+    rows = load_rollouts(folder)
+    assert all(not ends & set(row["completion_ids"][:-1]) for row in rows)
+    assert {row["completion_ids"][-1] for row in rows if not row["truncated"]} == ends
+
+
+def test_a_failed_start_can_be_mended(tiny_model_path, tmp_path):
+    """Settings that nothing was made with stand in nobody's way."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    how = lambda model: write_rollouts(model, problems("train", 20), digits_reward, config(tmp_path / "r"), tokenizer)
+    with pytest.raises(OSError):
+        how(str(tmp_path / "typo"))
+    folder = how(tiny_model_path)
+    with pytest.raises(OSError):
+        score_rollouts(folder, "teacher", str(tmp_path / "typo"), use_cpu=True)
+    assert "teacher_logps" not in load_rollouts(folder).column_names
+    score_rollouts(folder, "teacher", tiny_model_path, use_cpu=True)
+    assert "teacher_logps" in load_rollouts(folder).column_names
+    (folder / "teacher-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 files teacher-\*"):  # begun: not passed over
+        load_rollouts(folder)
+
+
+def test_a_model_is_known_by_its_weights(tiny_model_path, tmp_path):
+    folder = write(tiny_model_path, tmp_path / "rollouts")
+    path = Path(save_tiny_model(tmp_path / "teacher", seed=1))
+    score_rollouts(folder, "teacher", str(path), use_cpu=True)
+    for file in path.iterdir():  # as a copy to another disk does
+        os.utime(file, (1, 1))
+    score_rollouts(folder, "teacher", str(path), use_cpu=True)
+
+    model = AutoModelForCausalLM.from_pretrained(path)
+    score_rollouts(folder, "elder", model, use_cpu=True)
+    score_rollouts(folder, "elder", model, use_cpu=True)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    with pytest.raises(ValueError, match="weights="):
+        score_rollouts(folder, "elder", model, use_cpu=True)
+
+
+def test_a_policy_with_other_tokens_is_refused(written, tiny_model_path, tmp_path):
+    folder = write(tiny_model_path, tmp_path / "rollouts")
+    other = Path(save_tiny_model(tmp_path / "other", seed=1))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["7"], ids["8"] = ids["8"], ids["7"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"elder=.* has another tokenizer .*2 tokens differ"):
+        score_rollouts(folder, "elder", str(other), use_cpu=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    model.resize_token_embeddings(1000)  # padding that was never sampled
+    score_rollouts(folder, "padded", model, use_cpu=True)
+    model.resize_token_embeddings(4)
+    with pytest.raises(ValueError, match="small=.* knows 4 token ids, but the policy's tokens go up to"):
+        score_rollouts(folder, "small", model, use_cpu=True)
+    assert {"padded_logps"} == {c for c in load_rollouts(folder).column_names if c.endswith("_logps")} - {"base_logps"}
+
+
+def test_rewards_may_be_async_and_must_be_one_each(written, tiny_model_path, tmp_path):
+    async def digits(completions, **kwargs):
+        return digits_reward(completions)
+
+    assert load_rollouts(write(tiny_model_path, tmp_path / "a", digits))["reward"] == load_rollouts(written)["reward"]
+
+    def one(completions, **kwargs):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="the reward function one returned 1 rewards for 6 responses"):
+        write(tiny_model_path, tmp_path / "b", one)
+
+    def words(completions, **kwargs):
+        return ["good"] * len(completions)
+
+    with pytest.raises(ValueError, match="the reward function words must return a number or None"):
+        write(tiny_model_path, tmp_path / "c", words)
+    with pytest.raises(ValueError, match="the reward function none must return"):
+        none = lambda completions, **kwargs: None
+        none.__name__ = "none"
+        write(tiny_model_path, tmp_path / "d", none)
+
+
 def test_conversations_columns_and_weighted_rewards(tiny_model_path, tmp_path):
     seen = []
 
@@ -179,7 +307,7 @@ def test_scores_of_another_policy(written, tiny_model_path, tmp_path):
     with pytest.raises(ValueError, match=r"model=.*teacher\.json was written with model="):
         score_rollouts(folder, "teacher", tiny_model_path, use_cpu=True)
     save_tiny_model(tmp_path / "other", seed=2)
-    with pytest.raises(ValueError, match="written="):  # another model in the same folder
+    with pytest.raises(ValueError, match="weights="):  # another model in the same folder
         score_rollouts(folder, "teacher", other, use_cpu=True)
     with pytest.raises(ValueError, match="name='old' must be"):
         score_rollouts(folder, "old", other)
@@ -242,6 +370,9 @@ def test_alignment_of_a_batch():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
     assert batch["logps/base"].tolist() == [[0, -1, -2, 0], [-3] * 4]
     assert ((batch["logps/base"] != 0) == (batch["labels"][:, 1:] != -100)).all()
+    wide = collate_rollouts(rows, pad_to_multiple_of=8)
+    assert wide["input_ids"].shape == (2, 8) and wide["logps/base"].shape == (2, 7)
+    assert torch.equal(wide["labels"][:, :5], batch["labels"]) and (wide["labels"][:, 5:] == -100).all()
     assert batch["advantages"].tolist() == [[0.5], [-0.5]] and batch["rewards"].tolist() == [1.0, 0.0]
 
 
@@ -300,10 +431,11 @@ def test_bad_rollouts_raise(columns, message):
         ("top_p", 0.0, r"in \(0, 1\]"),
         ("top_k", -1, "whole number >= 0"),
         ("vllm_gpu_memory_utilization", 1.5, r"in \(0, 1\]"),
+        ("chat_template_kwargs", "thoughts", "no mapping"),
     ],
 )
 def test_bad_settings_raise(field, value, message):
-    with pytest.raises(ValueError, match=rf"{field}={value}.*{message}"):
+    with pytest.raises(ValueError, match=rf"{field}={value!r}.*{message}"):
         config("unused", **{field: value})
     with pytest.raises(ValueError, match="output_dir=None must name a folder"):
         RolloutsConfig()

@@ -4,15 +4,17 @@
     rollouts/part-00000.parquet    the responses to a few prompts, one row a response
     rollouts/teacher-00000.parquet log-probabilities of part 0 under a policy called `teacher`
 
-A part is written whole or not at all, and depends on its number and the settings only: an interrupted run goes on
-where it stopped, and several processes, which take the parts in turns, write what one would. Nothing is communicated,
-so each process holds the whole model, and all of them see one file system.
+A part is written whole or not at all. It depends on its number, and on the settings, the prompts and the model, which
+settings.json tells apart: an interrupted run goes on where it stopped, and several processes, which take the parts in
+turns, write what one would. Nothing is communicated, so each process holds the whole model, and all of them see one
+file system.
 """
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,9 +29,12 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_callable_name, get_config_model_id
+
+from .common import as_mapping, check_token_ids, finished, load_tokenizer
 
 
 # What `prepare_rollouts` needs of a data set; `write_rollouts` also stores `prompt`, `completion` and `base_logps`.
@@ -59,6 +64,8 @@ class RolloutsConfig:
             Responses in one forward pass for log-probabilities.
         reward_weights (`list[float]`, *optional*):
             One weight a reward function; `None` for all 1.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat template, where prompts are conversations, e.g. `{"enable_thinking": false}`.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Sample with vLLM, an engine in each process, beside the model that computes log-probabilities.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.5`):
@@ -88,6 +95,9 @@ class RolloutsConfig:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight a reward function; unset: all 1."}
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "For the chat template, as a mapping, such as enable_thinking: false."}
+    )
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM, an engine in each process."})
     vllm_gpu_memory_utilization: float = field(
         default=0.5,
@@ -114,6 +124,7 @@ class RolloutsConfig:
         for name in ("top_p", "vllm_gpu_memory_utilization"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be in (0, 1].")
+        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -121,8 +132,12 @@ class RolloutsConfig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def collate_rollouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def collate_rollouts(rows: Sequence[Mapping[str, Any]], pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
     """Turn rows of rollouts into right-padded tensors, aligned as TRL's fused head returns log-probabilities.
+
+    Args:
+        rows: each with `prompt_ids` and `completion_ids`, lists of token ids.
+        pad_to_multiple_of: what T+1 has to be a multiple of; `None` for anything.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (-100 outside the completion), each (B, T+1); for every column
@@ -131,7 +146,8 @@ def collate_rollouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """
     starts = [len(row["prompt_ids"]) for row in rows]
     lengths = [start + len(row["completion_ids"]) for start, row in zip(starts, rows, strict=True)]
-    shape = (len(rows), max(lengths))
+    multiple = pad_to_multiple_of or 1
+    shape = (len(rows), -(-max(lengths) // multiple) * multiple)
     # Padding lies behind what is scored and is never attended to, so any token id will do.
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -225,7 +241,8 @@ def write_rollouts(
     Args:
         model: the policy, an id or a folder, or a model in memory; the former is loaded only if something is missing.
         dataset: a column `prompt`, text or messages, and whatever the rewards read.
-        reward_funcs: called as `GRPOTrainer` calls them; a response's reward is their weighted sum.
+        reward_funcs: called as `GRPOTrainer` calls them, but one after the other where they are async; a response's
+            reward is their weighted sum.
         config: see [`RolloutsConfig`].
         processing_class: the tokenizer; that of `model` by default.
         model_init_kwargs: how `model` is loaded, as in `GRPOConfig`.
@@ -234,7 +251,8 @@ def write_rollouts(
         The folder, for [`load_rollouts`].
 
     Raises:
-        ValueError: if the data set is too small, the weights do not match, or the folder holds other rollouts.
+        ValueError: if the data set is too small, the weights do not match, the folder holds other rollouts (other
+            settings, prompts or model), or a reward function does not return a number a response.
     """
     rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
     weights = [1.0] * len(rewards) if config.reward_weights is None else config.reward_weights
@@ -251,14 +269,27 @@ def write_rollouts(
     # What the content depends on; the batch size of the log-probabilities, say, is not part of it.
     apart = ("output_dir", "logps_batch_size", "use_cpu", "vllm_gpu_memory_utilization", "vllm_max_model_length")
     settings = {k: v for k, v in asdict(config).items() if k not in apart}
-    names = [getattr(f, "__name__", str(f)) for f in rewards]
-    folder = claim(config.output_dir, "settings", {"model": model_id, "reward_funcs": names, **settings})
+    options = {name: str(value) for name, value in (model_init_kwargs or {}).items()}
+    tokenizer = processing_class
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, revision=options.get("revision"))
+    # as the model reads them, which tells another data set, system prompt, chat template and tokenizer apart
+    ids = prompt_ids(tokenizer, prompts["prompt"], config.chat_template_kwargs)
+    made_with = {
+        **identity(model),
+        "model_init_kwargs": options,
+        "reward_funcs": [get_callable_name(f) for f in rewards],
+        "prompts_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    folder = claim(config.output_dir, "settings", {**made_with, **settings}, ["part-*.parquet"])
 
     def build() -> Callable[[int], dict[str, list]]:
         policy = load_policy(model, config.use_cpu, model_init_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(model_id) if processing_class is None else processing_class
+        # as in TRL: every end that the model declares, such as that of a turn, and the tokenizer's
         ends = policy.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
         if config.use_vllm:
             generate = _vllm_generate(model_id, config, ends, policy.dtype)
         else:
@@ -266,9 +297,10 @@ def write_rollouts(
 
         def make(part: int) -> dict[str, list]:
             first = part * config.prompts_per_part
-            rows = prompts.select(range(first, min(first + config.prompts_per_part, config.num_prompts))).to_list()
+            chosen = range(first, min(first + config.prompts_per_part, config.num_prompts))
+            rows, here = prompts.select(chosen).to_list(), [ids[i] for i in chosen]
             seed = int(np.random.SeedSequence([config.seed, part]).generate_state(1)[0])
-            table = _sample(generate, tokenizer, [row["prompt"] for row in rows], config.num_generations, ends, seed)
+            table = _sample(generate, tokenizer, rows, here, config.num_generations, ends, seed)
             table["group"] = [first + i for i in range(len(rows)) for _ in range(config.num_generations)]
             table["reward"] = _rewards(rewards, weights, rows, table, config.num_generations)
             table["base_logps"] = completion_logps(
@@ -296,22 +328,24 @@ def score_rollouts(
     Args:
         folder: as [`write_rollouts`] left it.
         name: of the policy in a signal, such as `teacher`.
-        model: an id or a folder, or a model in memory.
+        model: an id or a folder, or a model in memory. Its tokens have to be those of the model that sampled.
         batch_size, use_cpu, model_init_kwargs: as in [`RolloutsConfig`] and [`write_rollouts`].
 
     Raises:
-        ValueError: for a name that is taken, unfinished rollouts, or log-probabilities of another model there.
+        ValueError: for a name that is taken, unfinished rollouts, log-probabilities of another model there (by its
+            weights, where they are at hand), or other token ids.
     """
     if not name.isidentifier() or name in ("base", "old", "part", "settings"):
         raise ValueError(f"name={name!r} must be an identifier, and not one of base, old, part, settings.")
     files, settings = _finished(folder, "part")
-    made_by = {"model": model if isinstance(model, str) else get_config_model_id(model.config)}
-    if isinstance(model, str) and os.path.isdir(model):  # a model trained anew in the same folder is another model
-        made_by["written"] = max(entry.stat().st_mtime_ns for entry in os.scandir(model) if entry.is_file())
-    claim(folder, name, made_by)
+    claim(folder, name, identity(model), [f"{name}-*.parquet"])
 
     def build() -> Callable[[int], dict[str, list]]:
         policy = load_policy(model, use_cpu, model_init_kwargs)
+        ids = pa.concat_tables([pq.read_table(file, columns=["prompt_ids", "completion_ids"]) for file in files])
+        tokenizer = load_tokenizer(settings["model"], revision=settings.get("model_init_kwargs", {}).get("revision"))
+        revision = (model_init_kwargs or {}).get("revision")
+        check_token_ids(name, policy.config, tokenizer, max_id(ids), revision=revision)
 
         def make(part: int) -> dict[str, list]:
             rows = pq.read_table(files[part], columns=["prompt_ids", "completion_ids"]).to_pylist()
@@ -333,15 +367,49 @@ def load_policy(model: str | PreTrainedModel, use_cpu: bool, model_init_kwargs: 
     return model.to(device)
 
 
-def claim(folder: str | os.PathLike, name: str, settings: Mapping[str, Any]) -> Path:
+def identity(model: str | PreTrainedModel) -> dict[str, str]:
+    """Name of a model and, for one in memory or in a folder, a hash of a piece of each weight and of their shapes.
+
+    Cheap, and not the date of a file, which a copy changes. A model that was trained on, or anew in the same folder,
+    has another.
+    """
+    if not isinstance(model, str):
+        return {"model": get_config_model_id(model.config), "weights": _fingerprint(model.named_parameters())}
+    if not os.path.isdir(model):
+        return {"model": model}
+    return {"model": model, "weights": _fingerprint(_stored_weights(Path(model)))}
+
+
+def _stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                yield f"{path.name}/{name}", file.get_tensor(name)  # mapped: only what is looked at is read
+    for path in sorted(folder.glob("pytorch_model*.bin")):  # a pickle is not read in part
+        yield path.name, torch.frombuffer(bytearray(hashlib.sha256(path.read_bytes()).digest()), dtype=torch.uint8)
+
+
+def _fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, x in weights:
+        piece = x.detach().flatten()[:256].contiguous().view(torch.uint8).cpu()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode() + piece.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def claim(folder: str | os.PathLike, name: str, settings: Mapping[str, Any], made: Sequence[str]) -> Path:
     """Write `settings` to `folder/NAME.json`, or check that they are the ones that stand there. Returns the folder.
+
+    Args:
+        made: patterns of what is made with them. Until there is such a file, other settings take their place: a slip
+            that is found when the work begins must not stand in the way of the mended run.
 
     Raises:
         ValueError: on every process, if what the folder holds was made with other settings.
     """
     state, folder = PartialState(), Path(folder)
     path = folder / f"{name}.json"
-    if state.is_main_process and not path.exists():
+    if state.is_main_process and not (path.exists() and any(any(folder.glob(x)) for x in made)):
         folder.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
@@ -390,7 +458,7 @@ def as_rows(table: Mapping[str, Sequence]) -> list[dict[str, Any]]:
 
 
 def _generate(
-    policy: PreTrainedModel, tokenizer, config: RolloutsConfig, ends: int | list[int]
+    policy: PreTrainedModel, tokenizer, config: RolloutsConfig, ends: list[int]
 ) -> Callable[[list[list[int]], int], list[list[int]]]:
     """What answers prompts, token ids, with `num_generations` responses each, by the model's own `generate`."""
     settings = GenerationConfig(
@@ -400,7 +468,7 @@ def _generate(
         top_k=config.top_k,
         num_return_sequences=config.num_generations,
         max_new_tokens=config.max_completion_length,
-        eos_token_id=ends,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
 
@@ -428,7 +496,7 @@ def _generate(
 
 
 def _vllm_generate(
-    model_id: str, config: RolloutsConfig, ends: int | list[int], dtype: torch.dtype
+    model_id: str, config: RolloutsConfig, ends: list[int], dtype: torch.dtype
 ) -> Callable[[list[list[int]], int], list[list[int]]]:
     """The same by vLLM, whose batches may round differently from run to run: equal seeds, nearly equal samples."""
     from vllm import LLM, SamplingParams
@@ -453,7 +521,7 @@ def _vllm_generate(
                 top_p=config.top_p,
                 top_k=config.top_k,
                 max_tokens=config.max_completion_length,
-                stop_token_ids=[ends] if isinstance(ends, int) else ends,
+                stop_token_ids=ends,
                 seed=seed,
             )
             for seed in seeds
@@ -465,17 +533,28 @@ def _vllm_generate(
     return generate
 
 
-def _sample(generate, tokenizer, prompts: list, G: int, ends: int | list[int], seed: int) -> dict[str, list]:
-    """`G` responses to each prompt, as columns."""
+def prompt_ids(tokenizer, prompts: Sequence, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Token ids of prompts, text or conversations; these go through the chat template."""
     if isinstance(prompts[0], str):
-        ids = tokenizer(prompts)["input_ids"]
-    else:
-        texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
-    stops = {ends} if isinstance(ends, int) else set(ends)
+        return tokenizer(list(prompts))["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": False, **(chat_template_kwargs or {})}
+    texts = [tokenizer.apply_chat_template(prompt, **options) for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+
+
+def max_id(table: pa.Table) -> int:
+    """The largest token id in `prompt_ids` and `completion_ids`."""
+    return max(pc.max(pc.list_flatten(table[name])).as_py() or 0 for name in ("prompt_ids", "completion_ids"))
+
+
+def _sample(
+    generate, tokenizer, rows: list[dict], ids: list[list[int]], G: int, ends: list[int], seed: int
+) -> dict[str, list]:
+    """`G` responses to each prompt, as columns."""
+    prompts = [row["prompt"] for row in rows]
     completion_ids, truncated = [], []
     for row in generate(ids, seed):
-        end = next((t + 1 for t, token in enumerate(row) if token in stops), None)
+        end = next((t + 1 for t, token in enumerate(row) if token in ends), None)
         completion_ids.append(np.asarray(row[:end], dtype=np.int32))
         truncated.append(end is None)
     return {
@@ -495,16 +574,30 @@ def _rewards(functions, weights, rows: list[dict], table: Mapping[str, list], G:
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     scores = []
     for function in functions:
-        output = function(
-            prompts=table["prompt"],
-            completions=completions,
-            completion_ids=[ids.tolist() for ids in table["completion_ids"]],
-            trainer_state=None,  # these three stand in for what a trainer would pass
-            log_extra=lambda name, values: None,
-            log_metric=lambda name, value: None,
-            **columns,
+        output = finished(
+            function(
+                prompts=table["prompt"],
+                completions=completions,
+                completion_ids=[ids.tolist() for ids in table["completion_ids"]],
+                trainer_state=None,  # these three stand in for what a trainer would pass
+                log_extra=lambda name, values: None,
+                log_metric=lambda name, value: None,
+                **columns,
+            )
         )
-        scores.append([np.nan if value is None else value for value in output])
+        name = get_callable_name(function)
+        try:
+            score = [np.nan if value is None else float(value) for value in output]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the reward function {name} must return a number or None a response: {error}."
+            ) from error
+        if len(score) != len(completions):
+            raise ValueError(
+                f"the reward function {name} returned {len(score)} rewards for {len(completions)} responses; it must "
+                f"return one each."
+            )
+        scores.append(score)
     scores = np.asarray(scores, dtype=np.float64)  # (functions, n*G)
     total = np.nansum(scores * np.asarray(weights)[:, None], axis=0)
     return np.where(np.isnan(scores).all(axis=0), np.nan, total)
@@ -534,15 +627,18 @@ def load_rollouts(folder: str | os.PathLike) -> Dataset:
     """The rollouts in `folder` as one data set, a row a response, with the log-probabilities of every policy scored.
 
     Columns: `group` (number of the prompt), `prompt`, `completion`, `prompt_ids`, `completion_ids`, `reward` (NaN
-    where unscored), `truncated`, `base_logps`, and `NAME_logps` for each [`score_rollouts`].
+    where unscored), `truncated`, `temperature` of sampling and log-probabilities, `base_logps`, and `NAME_logps` for
+    each [`score_rollouts`]; one that has not written a part yet is passed over.
 
     Raises:
         ValueError: if there are none, or they are unfinished.
     """
-    files, _ = _finished(folder, "part")
+    files, settings = _finished(folder, "part")
     names = sorted(path.stem for path in Path(folder).glob("*.json") if path.stem != "settings")
+    names = [name for name in names if any(Path(folder).glob(f"{name}-*.parquet"))]
     tables = [files, *(_finished(folder, name)[0] for name in names)]
-    return concatenate_datasets([Dataset.from_parquet([str(file) for file in files]) for files in tables], axis=1)
+    data = concatenate_datasets([Dataset.from_parquet([str(file) for file in files]) for files in tables], axis=1)
+    return data.add_column("temperature", [settings["temperature"]] * len(data))
 
 
 def prepare_rollouts(dataset: Dataset) -> Dataset:
