@@ -89,6 +89,9 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
     """
     target, args = row.load(), context.args
     options = declared_options(target)
+    if "base" in options:  # a wrapper, which hands the options of what it wraps on
+        bases = [other for other in OPTIMIZERS if other.name == context.optim_args.get("base")]
+        options = {k: kind for base in bases for k, kind in declared_options(base.load()).items()} | options
     _refuse_zero(row, target, args)
     given: dict[str, Any] = {
         "lr": args.learning_rate,
@@ -140,11 +143,12 @@ def _refusing(train: Callable) -> Callable:
 def bookkeeping(trainer: Trainer) -> dict[str, Any]:
     """What `trainer` knows of itself now, for [`rewound`]: counters, coefficients, values to be logged.
 
-    TRL 1.16 and our own trainers change in `compute_loss`: the lists in `_metrics`, `_trust_window` and
+    TRL 1.16 and our own trainers change in `compute_loss`: what `in_place` lists, `_trust_window` and
     `_trust_gathered`, in place, so they are copied; `_total_train_tokens`, `entropy_coef` and the rest by assignment.
     """
+    in_place = ("_metrics", "_stored_metrics", "_diagnostic_counters")  # most of them; ORPO and CPO; SDPO
     return {
-        name: _copied(value) if name == "_metrics" or name.startswith("_trust_") else value
+        name: _copied(value) if name in in_place or name.startswith("_trust_") else value
         for name, value in vars(trainer).items()
     }
 

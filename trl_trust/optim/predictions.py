@@ -54,6 +54,8 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     autocast: tuple[bool, torch.dtype]
+    forward: Callable  # what stood in `model.forward`
+    redirected: bool = False  # that was the loss itself; `args`, `kwargs` and `autocast` are those of the backbone
     labels: Tensor | None = None
     shifted: bool = False  # the labels are already aligned with the positions that predict them
     logits: Tensor | None = None  # (B, T, V) or (B, V)
@@ -69,6 +71,10 @@ class Probe:
 
     Predictions are read from the logits where the forward builds them. TRL's fused heads do not; then the head's input
     is kept, which is smaller by the vocabulary over the width, and projected again in chunks.
+
+    TRL's distillation trainers run their loss in the place of `model.forward`, for one call, and call the backbone in
+    it (`_ForwardRedirection`, TRL 1.16). Of such a call only the backbone's is repeated, in the same place, so that
+    the model's own hooks run around it.
     """
 
     def __init__(self, model: nn.Module):
@@ -86,24 +92,34 @@ class Probe:
         wants_grad = torch.is_grad_enabled()  # a reference pass inside the loss, on the same model, wants none
         running: list[Call] = []
 
+        def wanted():
+            return torch.is_grad_enabled() == wants_grad
+
         def before(module, args, kwargs):
-            if torch.is_grad_enabled() == wants_grad:
-                autocast = (torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type))
-                running.append(Call(args, kwargs, autocast))
+            if wanted():
+                running.append(Call(args, kwargs, self._autocast_state(), module.forward))
 
         def before_lm(module, args, kwargs):
-            if running:  # below PEFT, whose prompt learning lengthens the labels with the output
+            if running and wanted():  # below PEFT, whose prompt learning lengthens the labels with the output
                 shifted = kwargs.get("shift_labels")
                 running[-1].shifted = shifted is not None
                 running[-1].labels = kwargs.get("labels") if shifted is None else shifted
 
+        def before_backbone(module, args, kwargs):
+            # A redirection puts the model's own forward back before it runs the loss; an ordinary call leaves it.
+            if running and wanted() and running[-1].forward != self.model.forward:
+                call = running[-1]
+                call.args, call.kwargs, call.autocast, call.redirected = args, kwargs, self._autocast_state(), True
+
         def after_backbone(module, args, output):
-            if running and getattr(output, "last_hidden_state", None) is not None:
+            if running and wanted() and getattr(output, "last_hidden_state", None) is not None:
                 running[-1].hidden = output.last_hidden_state.detach()
 
         def after(module, args, output):
-            if running:
+            if running and wanted():  # a reference pass may also come inside a redirected loss
                 call = running.pop()
+                if not call.redirected and call.forward != module.forward:
+                    return  # a redirection that called the model itself, which is in `calls` already
                 logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
                 if logits is not None:
                     call.logits, call.hidden = logits.detach(), None
@@ -113,6 +129,7 @@ class Probe:
             for handle in (
                 self.model.register_forward_pre_hook(before, with_kwargs=True),
                 self.lm.register_forward_pre_hook(before_lm, with_kwargs=True),
+                self.backbone.register_forward_pre_hook(before_backbone, with_kwargs=True),
                 self.backbone.register_forward_hook(after_backbone),
                 self.model.register_forward_hook(after),
             ):
@@ -125,7 +142,7 @@ class Probe:
         again: list[Call] = []
         with self.listen(again):
             for call in calls:
-                with self._autocast(call):
+                with self._autocast(call), self._redirection(call):
                     self.model(*call.args, **call.kwargs)
         # FSDP2 leaves its root gathered after a forward without a backward, and the next forward would reuse that.
         for module in self.model.modules():
@@ -151,22 +168,18 @@ class Probe:
             labels: Labels for calls that were given none.
             kind: As [`kl_rows`].
             chunk: Positions whose logits exist at one time.
+
+        Raises:
+            ValueError: If a call's predictions cannot be read, or have one output only.
         """
         total = None
         for a, b in zip(now, anchor, strict=True):
-            if a.logits is None and (a.hidden is None or self.lm.get_output_embeddings() is None):
-                raise ValueError(
-                    f"TRAM cannot read the predictions of {type(self.lm).__name__}: its forward returns no `logits`, "
-                    "and it has no backbone with a `last_hidden_state` and a head; tram_variant='fisher' needs neither"
-                )
+            # Each call has its own: a forward may build logits in evaluation mode only, in which the anchor runs.
+            heads = self._head(a, {}), self._head(b, stored)
             mask = self.positions(a, labels)
-            heads = (None, None) if a.hidden is None else (self._head({}), self._head(stored))
             rows = [call.predictions[mask].split(chunk) for call in (a, b)]  # (n, V) or (n, H)
             with self._autocast(a):
-                sums = [
-                    kl_rows(y if heads[1] is None else heads[1](y), x if heads[0] is None else heads[0](x), kind).sum()
-                    for x, y in zip(*rows, strict=True)
-                ]
+                sums = [kl_rows(heads[1](y), heads[0](x), kind).sum() for x, y in zip(*rows, strict=True)]
             pair = torch.stack([torch.stack(sums).sum(), mask.sum().to(sums[0].dtype)])
             total = pair if total is None else total + pair
         return total
@@ -194,13 +207,45 @@ class Probe:
             valid = F.pad(valid[:, 1:], (0, 1))  # position t predicts token t + 1
         return F.pad(valid, (shape[1] - valid.size(1), 0)).to(device)  # aligned right: virtual tokens, logits_to_keep
 
+    @contextmanager
+    def _redirection(self, call: Call):
+        """Within the block, `model` runs its backbone alone if `call` was redirected."""
+        if not call.redirected:
+            yield
+            return
+        forward = self.model.forward
+        self.model.forward = lambda *args, **kwargs: self.backbone(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.model.forward = forward
+
+    def _autocast_state(self) -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
+
     def _autocast(self, call: Call):
         enabled, dtype = call.autocast
         return torch.autocast(self.device_type, dtype=dtype, enabled=enabled)
 
-    def _head(self, stored: dict[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
-        """The map from (n, H) to logits (n, V), with the parameters in `stored` exchanged for the values there."""
-        head = self.lm.get_output_embeddings()
+    def _head(self, call: Call, stored: dict[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The map from rows of `call.predictions`, (n, V) or (n, H), to logits (n, V).
+
+        The head's parameters in `stored` are exchanged for the values there.
+        """
+        name = type(self.lm).__name__
+        if call.logits is not None:
+            if call.logits.size(-1) == 1:
+                raise ValueError(
+                    f"{name} has one output, a score and no distribution (softmax of one logit is 1), so TRAM's "
+                    "distance would always be 0; use tram_variant='fisher', which measures none"
+                )
+            return lambda logits: logits
+        head = None if call.hidden is None else self.lm.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"TRAM cannot read the predictions of {name}: its forward returns no `logits`, and it has no backbone "
+                "with a `last_hidden_state` and a head; use tram_variant='fisher', which needs neither"
+            )
         values = {name: stored.get(p, p) for name, p in head.named_parameters()}
         values = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
         scale, cap = _logit_scale_and_cap(self.lm.config.get_text_config())
