@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -666,6 +668,17 @@ def test_bf16_parameters_keep_a_bf16_anchor():
         ({"tram_fisher_eta": -1.0}, "tram_fisher_eta"),
         ({"tram_every": 0}, "tram_every"),
         ({"tram_chunk_size": 0}, "tram_chunk_size"),
+        # What a variant would ignore.
+        ({"tram_fisher_gamma": 3.0}, "tram_fisher_gamma=3.0 does nothing with tram_variant='prev'.*'fisher'"),
+        ({"tram_fisher_eta": 3.0}, "does nothing"),
+        ({"tram_fisher_passes": "separate"}, "tram_fisher_passes='separate' does nothing"),
+        ({"tram_variant": "init", "tram_noise_std": 0.2}, "use tram_variant='noise' or 'fisher'"),
+        ({"tram_variant": "fisher", "tram_max_distance": 0.5}, "tram_max_distance=0.5 does nothing"),
+        ({"tram_variant": "fisher", "tram_adaptive": False}, "use tram_variant='prev' or 'init' or 'noise'"),
+        ({"tram_variant": "fisher", "tram_divergence": "reverse"}, "tram_divergence='reverse' does nothing"),
+        ({"tram_variant": "fisher", "tram_anchor_eval": False}, "tram_anchor_eval=False does nothing"),
+        ({"tram_variant": "fisher", "tram_distance_scope": "local"}, "does nothing"),
+        ({"tram_variant": "fisher", "tram_chunk_size": 2}, "does nothing"),
     ],
 )
 def test_bad_settings_raise(options, match):
@@ -695,4 +708,36 @@ def test_it_is_an_optimizer_to_schedulers_and_pickle():
     train(model, tram, word_batches(1), backward=True)
     scheduler.step()
     assert tram.param_groups[0]["lr"] == tram.base.param_groups[0]["lr"] == 0.05
-    assert copy.deepcopy(tram).steps == 1
+    # The scheduler has put a `step` into the instance, which steps the original whatever it is copied to.
+    for copied, other in (copy.deepcopy((model, tram)), pickle.loads(pickle.dumps((model, tram)))):
+        train(copied, other, word_batches(1), backward=True)
+        assert (other.steps, tram.steps) == (2, 1)
+        assert not torch.equal(copied.last.weight, model.last.weight)
+
+
+@pytest.mark.parametrize("variant", ["prev", "fisher"])
+def test_a_step_without_an_ascent_warns_once(variant):
+    model, data = Words(), word_batches(4)
+    tram = TRAM(torch.optim.SGD(model.parameters(), lr=0.1), tram_variant=variant, tram_every=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, tram, data, backward=True)
+        tram.param_groups[0]["lr"] = 0.0
+        tram.step()  # torch's distributed checkpoint makes such a step to create the state
+        tram.step()
+        tram.param_groups[0]["lr"] = 0.1
+    with pytest.warns(UserWarning, match=r"TRAM has not climbed.*TRAM\.backward") as record:
+        train(model, tram, data)
+    assert len(record) == 1
+
+
+def test_what_is_trained_by_others_gets_one_gradient():
+    """A second optimizer on a part of the model: pass 1 leaves nothing in its gradients either."""
+    model, batch = Words(), word_batches(1)[0]
+    model(**batch)["loss"].backward()
+    expected = model.embedding.weight.grad.clone()
+    model.zero_grad()
+    tram = FixedDistance(torch.optim.SGD(model.last.parameters(), lr=0.1))
+    tram.fixed = 0.0
+    tram.backward(model, lambda: model(**batch)["loss"])
+    assert torch.equal(model.embedding.weight.grad, expected)

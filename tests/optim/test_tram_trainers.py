@@ -16,6 +16,7 @@ from tiny import parameter_gap, tiny_config, tiny_run, tiny_trainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -30,12 +31,27 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_trust.optim  # noqa: F401  (registers the name)
-from trl_trust import DISPOConfig, DISPOTrainer
+from trl_trust import ALPConfig, ALPTrainer, DISPOConfig, DISPOTrainer
+from trl_trust.optim import HybridAuON
 from trl_trust.optim.predictions import Probe, kl_rows
 from trl_trust.optim.tram import TRAM, TRAMAdamW
 
@@ -83,12 +99,18 @@ def supervised(trainer_class, config, model_path, tmp_path, **overrides):
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     data = sums()
     extra = {}
-    if trainer_class is DPOTrainer:
+    if trainer_class in (DPOTrainer, ORPOTrainer, CPOTrainer):
         data = Dataset.from_list([{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "0"} for r in data])
+    if trainer_class in (GKDTrainer, DistillationTrainer):
+        extra["teacher_model"] = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        with torch.no_grad():  # a teacher that agrees with the student teaches nothing
+            for p in extra["teacher_model"].parameters():
+                p.mul_(2)
     if trainer_class is GKDTrainer:
         turns = lambda r: [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]
         data = Dataset.from_list([{"messages": turns(r)} for r in data])
-        extra["teacher_model"] = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    if trainer_class is DistillationTrainer:
+        data = data.select_columns("prompt")
     trainer = trainer_class(
         model=model,
         args=args_for(config, tmp_path, **overrides),
@@ -131,8 +153,11 @@ def tram_log(trainer, key):
         (SFTTrainer, SFTConfig, dict(gradient_checkpointing=True, bf16=True, packing=True, max_length=32)),
         (DPOTrainer, DPOConfig, dict(gradient_accumulation_steps=2)),
         (GKDTrainer, GKDConfig, dict(lmbda=0.5, max_new_tokens=8)),
+        (ORPOTrainer, ORPOConfig, dict(gradient_accumulation_steps=2, max_length=32)),
+        (CPOTrainer, CPOConfig, dict(gradient_accumulation_steps=2, max_length=32)),
+        (DistillationTrainer, DistillationConfig, dict(gradient_accumulation_steps=2, max_completion_length=8)),
     ],
-    ids=["sft", "sft_eval", "sft_bf16_checkpointing_packing", "dpo", "gkd"],
+    ids=["sft", "sft_eval", "sft_bf16_checkpointing_packing", "dpo", "gkd", "orpo", "cpo", "distillation"],
 )
 def test_at_distance_zero_a_supervised_run_is_adamws(
     trainer_class, config, overrides, tiny_model_path, tmp_path, zero_distance
@@ -153,22 +178,31 @@ def test_at_distance_zero_a_supervised_run_is_adamws(
         (GRPOTrainer, GRPOConfig, dict(beta=0.1, gradient_accumulation_steps=2)),
         (GRPOTrainer, GRPOConfig, dict(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.1)),
         (DISPOTrainer, DISPOConfig, dict(gradient_accumulation_steps=2)),
+        (ALPTrainer, ALPConfig, dict(gradient_accumulation_steps=2, learn_sigma=True)),
     ],
-    ids=["grpo", "grpo_iterations", "grpo_reference", "grpo_adaptive_entropy", "dispo"],
+    ids=["grpo", "grpo_iterations", "grpo_reference", "grpo_adaptive_entropy", "dispo", "alp"],
 )
 def test_at_distance_zero_a_reinforcement_run_is_adamws(
     trainer_class, config, overrides, tiny_model_path, tmp_path, zero_distance
 ):
-    runs, generations = [], []
+    runs, generations, noise_grads = [], [], []
     for optim in ("adamw_torch", "tram_adamw"):
         args = tiny_config(config, tmp_path, optim=optim, learning_rate=1e-2, **overrides)
         trainer = tiny_trainer(trainer_class, tiny_model_path, args)
         generate, count = trainer.model.generate, []
         trainer.model.generate = lambda *a, generate=generate, count=count, **k: count.append(1) or generate(*a, **k)
+        if trainer_class is ALPTrainer:  # Adam does not see the scale of a gradient, so look at the gradient
+            update, seen = trainer._update_sigma, []
+            trainer._update_sigma = lambda update=update, seen=seen, noise=trainer.noise: (
+                seen.append(noise.log_sigma.grad.clone()) or update()
+            )
+            noise_grads.append(seen)
         trainer.train()
         runs.append(trainer)
         generations.append(len(count))
     assert_same_run(*runs)
+    for one, other in zip(*noise_grads, strict=True) if noise_grads else ():
+        assert torch.equal(one, other)
     assert runs[0]._step == runs[1]._step
     assert generations[0] == generations[1] > 0
     assert len(tram_log(runs[1], "distance")) == 4
@@ -202,6 +236,33 @@ def test_a_run_climbs(method, variant, tiny_model_path, tmp_path):
         for loss, perturbed in zip(losses, tram_log(tram, "loss_perturbed"), strict=True):
             assert perturbed == pytest.approx(loss, rel=0.5)
             assert perturbed > loss
+
+
+@pytest.mark.parametrize("variant", ["prev", "noise"])
+def test_a_loss_that_runs_in_the_place_of_the_forward(variant, tiny_model_path, tmp_path):
+    """DistillationTrainer swaps `model.forward` for its loss, which calls the backbone: that call is repeated."""
+    kinds = dict(optim="tram_adamw", optim_args=f"tram_variant={variant}", max_completion_length=8)
+    trainer = supervised(DistillationTrainer, DistillationConfig, tiny_model_path, tmp_path, **kinds)
+    assert min(tram_log(trainer, "distance")) > 0
+    assert len(tram_log(trainer, "distance")) == (4 if variant == "noise" else 3)
+    assert "forward" not in vars(trainer.model) or trainer.model.forward.__func__ is type(trainer.model).forward
+
+
+def test_one_output_is_no_distribution(tiny_model_path, tmp_path):
+    data = Dataset.from_list([{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "0"} for r in sums()])
+
+    def train(optim_args):
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model_path, num_labels=1, dtype=torch.float32)
+        args = args_for(RewardConfig, tmp_path, optim="tram_adamw", optim_args=optim_args)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+        trainer = RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match="one output.*tram_variant='fisher'"):
+        train("tram_variant=prev")
+    assert min(tram_log(train("tram_variant=fisher"), "eps_norm")) > 0
 
 
 def test_the_trainers_steps_are_those_of_a_loop_by_hand(tiny_model_path, tmp_path):
@@ -282,10 +343,39 @@ def test_any_base_by_name(base, tiny_model_path, tmp_path):
         assert (id(p) in no_decay) == ("norm" in name or "bias" in name), name
 
 
+def test_the_bases_options_go_to_the_base(tiny_model_path, tmp_path):
+    text = "base=hybrid_auon,variant=repo,aux_lr=1e-4,weight_decay=0.2,tram_variant=noise,tram_every=2"
+    args = args_for(TrainingArguments, tmp_path, optim="tram_adamw", optim_args=text)
+    data = Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    tram = Trainer(model, args, train_dataset=data).create_optimizer()
+    assert (tram.variant, tram.every) == ("noise", 2)
+    matrix, aux = tram.param_groups[0], tram.param_groups[-1]
+    assert (matrix["variant"], matrix["ns_steps"], matrix["weight_decay"]) == ("repo", 5, 0.2)
+    assert aux["lr"] == 1e-4
+    args.optim_args = "base=hybrid_auon,gama=1"
+    with pytest.raises(ValueError, match="unknown keys: gama; valid: .*gamma.*tram_variant"):
+        Trainer(model, args, train_dataset=data).create_optimizer()
+
+
+def test_any_optimizer_in_a_trainer(tiny_model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    trainer = SFTTrainer(
+        model=model,
+        args=args_for(SFTConfig, tmp_path),
+        train_dataset=sums(),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
+        optimizers=(TRAM(HybridAuON(model, lr=0.02, variant="repo")), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert len(tram_log(trainer, "distance")) == 3
+
+
 def test_unknown_base_and_option(tiny_model_path, tmp_path):
     with pytest.raises(ValueError, match="base='adam' must be one of adamw, auon"):
         supervised(SFTTrainer, SFTConfig, tiny_model_path, tmp_path, optim="tram_adamw", optim_args="base=adam")
-    with pytest.raises(ValueError, match="tram_variant"):
+    with pytest.raises(ValueError, match="unknown keys: variant; valid: .*tram_variant"):
         supervised(SFTTrainer, SFTConfig, tiny_model_path, tmp_path, optim="tram_adamw", optim_args="variant=prev")
 
 
@@ -357,6 +447,82 @@ def test_distance_through_a_fused_head_is_that_of_the_logits(family, variant, ch
         p, q = (m(**language_batch(labels=False)).logits[:, :-1][valid] for m in (then, now))
     assert measured == pytest.approx(kl_rows(p, q).mean().item(), rel=1e-9)
     assert measured > 1e-4
+
+
+class Redirected(nn.Module):
+    """A loss that runs in the place of `model.forward`, as in TRL's `_ForwardRedirection`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        def loss(batch, scale):
+            hidden = self.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            with torch.no_grad():  # a teacher that is the student: not what is measured
+                self.model.model(input_ids=batch["input_ids"].flip(0))
+                self.model(input_ids=batch["input_ids"].flip(0))
+            return scale * hidden.last_hidden_state.square().mean()
+
+        return _ForwardRedirection()(self.model, self.model, loss, batch, scale=2.0)
+
+
+@pytest.mark.parametrize("variant", ["prev", "init"])
+def test_distance_through_a_redirected_forward_is_that_of_the_logits(variant):
+    torch.manual_seed(0)
+    model, batch = FAMILIES["qwen2"]().double(), language_batch(labels=False)
+    redirected = Redirected(model)
+    tram = TRAM(torch.optim.SGD(model.parameters(), lr=0.1), tram_variant=variant)
+    tram.backward(model, lambda: redirected(batch))
+    then = copy.deepcopy(model)
+    tram.step()
+    now = copy.deepcopy(model)
+    tram.zero_grad()
+    tram.backward(model, lambda: redirected(batch))
+    with torch.no_grad():
+        valid = batch["attention_mask"][:, 1:] != 0
+        p, q = (m(**batch).logits[:, :-1][valid] for m in (then, now))
+    measured = tram.metrics()["tram/distance"]
+    assert measured == pytest.approx(kl_rows(p, q).mean().item(), rel=1e-9)
+    assert measured > 1e-6
+    assert model(**batch).logits.shape == (3, 9, 29)  # the forward is back
+
+
+def test_a_redirected_loss_that_calls_the_model():
+    """Its own call of the model is an ordinary one."""
+    torch.manual_seed(0)
+    model, batch = FAMILIES["qwen2"](), language_batch()
+    redirect = lambda: _ForwardRedirection()(model, model, lambda batch: model(**batch).loss, batch)
+    calls = []
+    with Probe(model).listen(calls):
+        redirect()
+    assert [call.logits.shape for call in calls] == [(3, 9, 29)]
+    assert torch.equal(Probe(model).repeat(calls)[0].logits, calls[0].logits)
+
+
+def test_logits_that_only_evaluation_builds():
+    """Liger's fused loss builds none in training mode, and the anchor runs in evaluation mode."""
+
+    def measured(fused):
+        torch.manual_seed(0)
+        model, batch = FAMILIES["gemma2"]().double(), language_batch()
+        forward = model.forward
+
+        def without_logits(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            return type(output)(loss=output.loss) if model.training else output
+
+        if fused:
+            model.forward = without_logits
+        model.train()
+        tram = TRAM(torch.optim.SGD(model.parameters(), lr=1.0))
+        for _ in range(2):
+            tram.zero_grad()
+            tram.backward(model, lambda: model(**batch).loss)
+            tram.step()
+        return tram.metrics()["tram/distance"]
+
+    assert measured(fused=True) == pytest.approx(measured(fused=False), rel=1e-9)
 
 
 def test_where_a_prediction_counts():
@@ -470,12 +636,46 @@ def test_lora():
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("fp16", "deepspeed", "match"), [(True, False, "fp16"), (False, True, "DeepSpeed")])
-def test_refused_engines(fp16, deepspeed, match):
+def engine(**changes):
+    """What [`TRAM.attach`] looks at before it wraps anything."""
+    args = dict(fp16=False, torch_compile=False, n_gpu=1)
+    args |= {name: changes.pop(name) for name in args if name in changes}
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=changes.pop("fsdp_version", 2)))
+    accelerator = SimpleNamespace(scaler=changes.pop("scaler", None), state=state)
+    trainer = dict(model=None, is_deepspeed_enabled=False, is_fsdp_enabled=False)
+    return SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, **{**trainer, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(fp16=True), "fp16"),
+        (dict(scaler=object()), "fp16"),  # `accelerate launch --mixed_precision fp16` leaves args.fp16 False
+        (dict(is_deepspeed_enabled=True), "DeepSpeed"),
+        (dict(torch_compile=True), "torch_compile=True"),
+        (dict(n_gpu=2), "n_gpu=2.*under DataParallel"),
+        (dict(is_fsdp_enabled=True, fsdp_version=1), "fsdp_version=1.*under FSDP1.*FSDP2"),
+    ],
+    ids=["fp16", "scaler", "deepspeed", "torch_compile", "data_parallel", "fsdp1"],
+)
+def test_refused_engines(changes, match):
     tram = TRAM(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
-    trainer = SimpleNamespace(args=SimpleNamespace(fp16=fp16), is_deepspeed_enabled=deepspeed)
     with pytest.raises(ValueError, match=match):
-        tram.attach(trainer)
+        tram.attach(engine(**changes))
+
+
+def test_torch_compile_is_refused_before_the_first_step(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments changes it, the end puts it back
+
+    class Counting(SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            raise AssertionError("a step was made")
+
+    with pytest.raises(ValueError, match="torch_compile=True"):
+        supervised(
+            Counting, SFTConfig, tiny_model_path, tmp_path, optim="tram_adamw", torch_compile=True,
+            torch_compile_backend="eager",
+        )  # fmt: skip
 
 
 def test_a_compiled_model_is_refused_unless_compiled_in_place():

@@ -47,6 +47,16 @@ Scope = Literal["global", "local"]
 
 ANCHOR = "tram_anchor"  # the anchor's key in the saved state of a parameter
 
+# Refused where a trainer's settings say so, and at the first ascent of a loop.
+HIDDEN = (
+    "TRAM cannot run under {}, which hides parameters and gradients; use one process a device with "
+    "DistributedDataParallel, or FSDP2"
+)
+COMPILED = (
+    "TRAM cannot run on the result of torch.compile(model), which leaves out the hooks that read predictions; set "
+    "torch_compile=False, or compile in place with model.compile()"
+)
+
 
 # -------------------------------------------------------------------------------------------------------------------
 # The formulas
@@ -152,12 +162,24 @@ class TRAM(Optimizer):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-        self.noisy = tram_variant in ("noise", "fisher")
-        if tram_noise_std is not None and not self.noisy:
-            raise ValueError(
-                f"tram_noise_std={tram_noise_std} does nothing with tram_variant={tram_variant!r}; leave it out, or "
-                "use tram_variant='noise' or 'fisher'"
-            )
+        fisher, measured = ("fisher",), ("prev", "init", "noise")
+        for name, value, default, users in (
+            ("tram_noise_std", tram_noise_std, None, ("noise", "fisher")),
+            ("tram_fisher_gamma", tram_fisher_gamma, 0.1, fisher),
+            ("tram_fisher_eta", tram_fisher_eta, 0.1, fisher),
+            ("tram_fisher_passes", tram_fisher_passes, "shared", fisher),
+            ("tram_adaptive", tram_adaptive, True, measured),
+            ("tram_divergence", tram_divergence, "forward", measured),
+            ("tram_max_distance", tram_max_distance, None, measured),
+            ("tram_anchor_eval", tram_anchor_eval, True, measured),
+            ("tram_distance_scope", tram_distance_scope, "global", measured),
+            ("tram_chunk_size", tram_chunk_size, 1024, measured),
+        ):
+            if value != default and tram_variant not in users:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with tram_variant={tram_variant!r}; leave it out, or use "
+                    f"tram_variant={' or '.join(map(repr, users))}"
+                )
         for name, value, fits, wish in (
             ("tram_noise_std", tram_noise_std, lambda x: x is None or x > 0, "> 0"),
             ("tram_max_distance", tram_max_distance, lambda x: x is None or x > 0, "> 0 or None"),
@@ -170,6 +192,7 @@ class TRAM(Optimizer):
                 raise ValueError(f"{name} must be {wish}, got {value}")
         # Optimizer.__init__ is not called: it would make groups and state of its own.
         self.base = base
+        self.noisy = tram_variant in ("noise", "fisher")
         self.variant, self.adaptive, self.divergence = tram_variant, tram_adaptive, tram_divergence
         self.noise_std = 0.1 if tram_noise_std is None else tram_noise_std
         self.max_distance = tram_max_distance
@@ -185,7 +208,9 @@ class TRAM(Optimizer):
         self._undo: list[tuple[Tensor, Tensor]] | None = None  # what `restore` copies back: (target, value)
         self._sums: dict[str, Tensor] = {}  # of each metric since it was last read
         self._counts: dict[str, int] = {}
-        self._warned = False
+        self._aside: tuple[Tensor, ...] = ()  # what an attached trainer trains by itself
+        self._climbed = False  # since the last step
+        self._warned: set[str] = set()
 
     # ---------------------------------------------------------------------------------------------------------------
     # The face of an optimizer, all the base's
@@ -200,7 +225,9 @@ class TRAM(Optimizer):
         return getattr(self.base, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # torch's schedulers put a `step` of their own into the instance: it cannot be pickled, and steps this object
+        # from any copy.
+        return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -215,7 +242,14 @@ class TRAM(Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure=None):
-        """Take the base's step with the gradients at hand. A closure goes to the base, and makes no second pass."""
+        """Take the base's step with the gradients at hand. A closure goes to the base, and makes no second pass.
+
+        Warns once if this step should have climbed and did not, so that it is the base's own.
+        """
+        # At learning rate 0 torch's distributed checkpoint makes an empty step, to create the state.
+        if self.climbs and not self._climbed and any(group.get("lr", 1) > 0 for group in self.param_groups):
+            self._warn_of_no_ascent()
+        self._climbed = False
         self._keep_anchor()
         loss = self.base.step(closure)
         self.steps += 1
@@ -315,6 +349,7 @@ class TRAM(Optimizer):
         """
         inner = _unwrapped(model)
         _prepare(model, inner)
+        self._climbed = True
         probe, params, random_state = Probe(inner), self.params, _random_state(self.params[0].device)
         noise = self._noise(inner) if self.noisy else nullcontext
         fisher = self.variant == "fisher"
@@ -323,7 +358,7 @@ class TRAM(Optimizer):
         calls: list[Call] = []
         self._undo = []
         with nullcontext() if fisher else probe.listen(calls), noise() if shared else nullcontext():
-            loss, grads = _gradient(model, params, loss_fn)
+            loss, grads = _gradient(model, params, self._aside, loss_fn)
         # BatchNorm and its like count this batch in pass 1 only.
         self._undo += [(buffer, buffer.clone()) for buffer in inner.buffers()]
         moved = [i for i, grad in enumerate(grads) if grad is not None]  # the others had no part in the loss
@@ -335,7 +370,7 @@ class TRAM(Optimizer):
         if fisher and not shared:
             _set_random_state(random_state)
             with noise():
-                _, noised = _gradient(model, params, replay_fn or loss_fn)
+                _, noised = _gradient(model, params, self._aside, replay_fn or loss_fn)
         elif not fisher:
             distance = self._distance(probe, calls, labels, random_state, noise)
         with torch.no_grad():
@@ -465,10 +500,20 @@ class TRAM(Optimizer):
 
         return noise
 
+    def _warn_of_no_ascent(self) -> None:
+        if "ascent" not in self._warned:
+            self._warned.add("ascent")
+            warnings.warn(
+                f"TRAM has not climbed before this step, which is therefore plain {type(self.base).__name__}: in a "
+                "loop call TRAM.backward in place of loss.backward(); a trainer that overrides create_optimizer must "
+                "call TRAM.attach(trainer) in it",
+                stacklevel=3,
+            )
+
     def _warn_of_dropout(self, model: nn.Module) -> None:
-        if self._warned:
+        if "dropout" in self._warned:
             return
-        self._warned = True
+        self._warned.add("dropout")
         modules = [module for module in model.modules() if module.training]
         rates = [getattr(module, "p", 0) for module in modules if "Dropout" in type(module).__name__]
         rates += [getattr(module, "attention_dropout", 0) for module in modules]
@@ -518,18 +563,29 @@ class TRAM(Optimizer):
         called, what it gets is the loss of pass 3, and at the end of `training_step` the parameters are put back. What
         a trainer does once per micro-batch, it still does once.
 
-        Called by [`trl_trust.optim.plug`] after `Trainer.create_optimizer`.
+        Called by [`trl_trust.optim.plug`] after `Trainer.create_optimizer`. A trainer that trains tensors outside of
+        model and optimizer lists them in an attribute `tensors_aside`: of the two gradients they get pass 3's.
 
         Raises:
-            ValueError: Under DeepSpeed, and with fp16, whose gradient scaler hides the gradients.
+            ValueError: With fp16, whose gradient scaler hides the gradients, with `torch_compile`, and under
+                DeepSpeed, `DataParallel` and FSDP1.
         """
+        args, accelerator = trainer.args, trainer.accelerator
         if trainer.is_deepspeed_enabled:
             raise ValueError(
                 "TRAM cannot run under DeepSpeed, which keeps parameters and gradients in flat partitions of its own; "
                 "use DistributedDataParallel or FSDP2"
             )
-        if trainer.args.fp16:
-            raise ValueError("TRAM cannot run with fp16=True, whose scaler hides the gradients; use bf16=True")
+        if args.fp16 or accelerator.scaler is not None:  # `accelerate launch --mixed_precision fp16` sets the latter
+            raise ValueError("TRAM cannot run with fp16, whose scaler hides the gradients; use bf16=True")
+        if args.torch_compile:
+            raise ValueError(f"torch_compile={args.torch_compile}: {COMPILED}")
+        quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        if args.n_gpu > 1 and not quantised:  # then Trainer uses DataParallel (transformers 5.23)
+            raise ValueError(f"n_gpu={args.n_gpu} in one process: {HIDDEN.format('DataParallel')}")
+        if trainer.is_fsdp_enabled and accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(f"fsdp_version=1: {HIDDEN.format('FSDP1')}")
+        self._aside = tuple(getattr(trainer, "tensors_aside", ()))
         training_step, compute_loss, log = (_bare(trainer, name) for name in ("training_step", "compute_loss", "log"))
         computed = None  # losses computed in this training step; None outside of one
 
@@ -598,7 +654,7 @@ class TRAMAdamW(TRAM):
         no_decay: Names of parameters without decay.
         aux_betas: AdamW's averages. Default: (.9, .999), or those of the base named.
         aux_eps: AdamW's epsilon. Default: 1e-8.
-        tram: Settings of [`TRAM`].
+        options: Settings of [`TRAM`], by their `tram_`; the others are the base's own, as `variant` of `hybrid_auon`.
 
     Raises:
         ValueError: If `base` is unknown, or a setting is out of range.
@@ -614,8 +670,10 @@ class TRAMAdamW(TRAM):
         no_decay: Collection[str] = (),
         aux_betas: tuple[float, float] | None = None,
         aux_eps: float = 1e-8,
-        **tram,
+        **options,
     ):
+        tram = {name: value for name, value in options.items() if name.startswith("tram_")}
+        own = {name: value for name, value in options.items() if name not in tram}
         names = [row.name for row in OPTIMIZERS if not row.name.startswith("tram")]
         if base == "adamw":
             groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
@@ -623,12 +681,12 @@ class TRAMAdamW(TRAM):
                 if p.requires_grad:
                     groups[name in no_decay]["params"].append(p)
             groups = [group for group in groups if group["params"]]
-            optimizer = torch.optim.AdamW(groups, lr=lr, betas=aux_betas or (0.9, 0.999), eps=aux_eps)
+            optimizer = torch.optim.AdamW(groups, lr=lr, betas=aux_betas or (0.9, 0.999), eps=aux_eps, **own)
         elif base in names:
-            options = {"aux_weight_decay": weight_decay, "no_decay": no_decay, "aux_eps": aux_eps}
+            own = {"aux_weight_decay": weight_decay, "no_decay": no_decay, "aux_eps": aux_eps, **own}
             if aux_betas is not None:
-                options["aux_betas"] = aux_betas
-            optimizer = get_optimizer(base).load()(model, lr=lr, weight_decay=weight_decay, **options)
+                own["aux_betas"] = aux_betas
+            optimizer = get_optimizer(base).load()(model, lr=lr, weight_decay=weight_decay, **own)
         else:
             raise ValueError(f"base={base!r} must be one of adamw, {', '.join(names)}")
         super().__init__(optimizer, **tram)
@@ -638,10 +696,15 @@ class TRAMAdamW(TRAM):
 # Helpers
 
 
-def _gradient(model: nn.Module, params: list[Tensor], loss_fn) -> tuple[Tensor, list[Tensor | None]]:
-    """Loss and gradients of this rank, while those accumulated so far stay in `p.grad`."""
-    accumulated = [p.grad for p in params]
-    for p in params:
+def _gradient(
+    model: nn.Module, params: list[Tensor], aside: Iterable[Tensor], loss_fn
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and gradients of this rank by `params`, while `p.grad` stays as it was.
+
+    Also that of the model's other parameters and of `aside`: whoever trains them wants pass 3's gradient only.
+    """
+    accumulated = {p: p.grad for p in (*params, *model.parameters(), *aside)}
+    for p in accumulated:
         p.grad = None
     try:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
@@ -650,7 +713,7 @@ def _gradient(model: nn.Module, params: list[Tensor], loss_fn) -> tuple[Tensor, 
                 loss.backward()
         return loss.detach(), [p.grad for p in params]
     finally:
-        for p, grad in zip(params, accumulated, strict=True):
+        for p, grad in accumulated.items():
             p.grad = grad
 
 
@@ -660,15 +723,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _prepare(model: nn.Module, inner: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, FullyShardedDataParallel)):
-        raise ValueError(
-            f"TRAM cannot run under {type(model).__name__}, which hides parameters and gradients; use one process a "
-            "device with DistributedDataParallel, or FSDP2"
-        )
+        raise ValueError(HIDDEN.format(type(model).__name__))
     if is_compiled_module(model) or is_compiled_module(inner):
-        raise ValueError(
-            "TRAM cannot run on the result of torch.compile(model), which leaves out the hooks that read predictions; "
-            "set torch_compile=False, or compile in place with model.compile()"
-        )
+        raise ValueError(COMPILED)
     for module in inner.modules():
         if isinstance(module, FSDPModule):
             # Gradients that are not reduced never reach sharded parameters, so accumulation reduces every time.
