@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +450,7 @@ def settings(folder, stage, **overrides):
         ("max_length", 512, "never truncated"),
         ("loss_type", "dft", "is not read"),
         ("disable_dropout", False, "under dropout"),
+        ("neftune_noise_alpha", 5.0, "under noise"),
     ],
 )
 def test_bad_settings_raise(field, value, message):
@@ -680,8 +682,12 @@ def test_evaluation_measures_and_does_not_disturb(frozen, tiny_model_path, tmp_p
 
 
 def test_temperature_is_that_of_the_ratios(frozen, tiny_model_path, tmp_path):
-    data = frozen[0].remove_columns("base_logps")
     args = settings(tmp_path, "teacher", temperature=0.5, max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"temperature=0\.5, but the rollouts were sampled, .* at 1\.0; set it to that"
+    ):
+        build(ERPDTeacherTrainer, tiny_model_path, args, frozen[0])
+    data = frozen[0].remove_columns(["base_logps", "temperature"])  # of unknown temperature
     trainer = train(ERPDTeacherTrainer, tiny_model_path, args, data)
     expected = completion_logps(
         AutoModelForCausalLM.from_pretrained(tiny_model_path), trainer.train_dataset.to_list(), temperature=0.5
@@ -739,14 +745,56 @@ def test_what_does_not_fit_raises_at_construction(frozen, tiny_model_path, tmp_p
     other = type(models["teacher"])(
         type(models["teacher"].config)(**{**models["teacher"].config.to_dict(), "vocab_size": 99})
     )
-    with pytest.raises(ValueError, match="'teacher' has a vocabulary of 99 tokens"):
-        build(
-            ERPDTrainer,
-            tiny_model_path,
-            settings(tmp_path, "student"),
-            data.remove_columns("teacher_logps"),
-            teacher_model=other,
-        )
+    bare = data.remove_columns("teacher_logps")
+    build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), bare, teacher_model=other)  # padded: the same
+    other.resize_token_embeddings(4)
+    with pytest.raises(ValueError, match="teacher=.* knows 4 token ids, but the policy's tokens go up to"):
+        build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), bare, teacher_model=other)
+    models["teacher"].save_pretrained(tmp_path / "swapped")
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "swapped")
+    tokenizer = json.loads((tmp_path / "swapped" / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["7"], ids["8"] = ids["8"], ids["7"]
+    (tmp_path / "swapped" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="teacher=.* has another tokenizer than the policy"):
+        swapped = str(tmp_path / "swapped")
+        build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), bare, teacher_model=swapped)
+    with pytest.raises(ValueError, match="eval_dataset has easy, hard: ERPDTrainer evaluates on one set of rollouts"):
+        sets = {"easy": data, "hard": data}
+        build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student"), data, eval_dataset=sets)
+
+
+@pytest.mark.parametrize(("save_strategy", "load"), [("steps", True), ("best", False)])
+def test_the_best_checkpoint_is_one_that_is_written(save_strategy, load, frozen, tiny_model_path, tmp_path):
+    """And none lies within a batch iteration: where the best counts, evaluations wait for its end, too."""
+    args = settings(
+        tmp_path,
+        "student",
+        steps_per_anchor=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy=save_strategy,
+        save_steps=1,
+        load_best_model_at_end=load,
+        metric_for_best_model="eval_erpd/kl_base",
+        greater_is_better=True,
+    )
+    trainer = train(ERPDTrainer, tiny_model_path, args, frozen[0], eval_dataset=frozen[0])
+    steps_an_epoch = len(trainer.get_train_dataloader()) // 2
+    ends = {s for s in range(1, 9) if s % steps_an_epoch == 0 or s % steps_an_epoch % 2 == 0}
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    written = {int(path.parent.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*/trainer_state.json")}
+    assert set(evaluated) == ends and written <= ends
+    best = max(
+        (entry["eval_erpd/kl_base"], entry["step"]) for entry in trainer.state.log_history if "eval_loss" in entry
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best[1]}")
+    assert best[1] in written
+
+
+def test_batches_are_padded_to_a_multiple(frozen, tiny_model_path, tmp_path):
+    trainer = build(ERPDTrainer, tiny_model_path, settings(tmp_path, "student", pad_to_multiple_of=32), frozen[0])
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] == 32
 
 
 def test_a_broken_student_raises_at_the_anchor(frozen, tiny_model_path, tmp_path):
@@ -820,6 +868,9 @@ def test_two_processes_train_like_one(stage, accumulation, two_processes, tiny_m
 # -- the rounds -------------------------------------------------------------------------------------------------------
 
 
+ROLLOUTS = {"num_prompts": 6, "num_generations": 4, "max_completion_length": 8}
+
+
 def recipe(folder, model_path, **overrides):
     """Words of a command line that name a recipe of two rounds."""
     folder.mkdir(exist_ok=True)
@@ -830,7 +881,7 @@ def recipe(folder, model_path, **overrides):
         "reward_funcs": [f"{__name__}.answer_length"],
         "output_dir": str(folder / "out"),
         "rounds": 2,
-        "rollouts": {"num_prompts": 6, "num_generations": 4, "max_completion_length": 8, "prompts_per_part": 3},
+        "rollouts": {**ROLLOUTS, "prompts_per_part": 3, "seed": 7},
         "teacher": {"num_train_epochs": 2, "teacher_kl_coef": 0.01},
         "student": {"num_train_epochs": 1, "learning_rate": 1e-3},
         "steps_per_anchor": 2,
@@ -873,6 +924,10 @@ def test_rounds_from_end_to_end(two_rounds, tiny_model_path):
         assert json.loads((folder / "unlearned" / "stage.json").read_text())["unlearn"]
     prompts = [set(load_rollouts(two_rounds / f"round-{number}" / "rollouts")["prompt"]) for number in (1, 2)]
     assert prompts[0] != prompts[1]
+    seeds = [
+        json.loads((two_rounds / f"round-{n}" / "rollouts" / "settings.json").read_text())["seed"] for n in (1, 2)
+    ]
+    assert seeds == [7, 8]
 
 
 def test_a_finished_run_is_passed_over(two_rounds, tiny_model_path, tmp_path, monkeypatch):
@@ -919,6 +974,56 @@ def test_adapters_are_merged(tiny_model_path, tmp_path):
         n for (n, p), q in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(p, q)
     }
     assert changed and all("q_proj.weight" in name or "v_proj.weight" in name for name in changed)
+
+
+def test_an_adapter_is_pushed_merged(tiny_model_path, tmp_path, monkeypatch):
+    """Whatever a checkpoint has pushed; and the folder holds the merged model, and only it."""
+    import transformers.trainer
+    from transformers import Trainer
+
+    pushed = []
+
+    class Hub:
+        def __init__(self, **kwargs):
+            pass
+
+        def upload_folder(self, folder_path, **kwargs):
+            pushed.append((sorted(path.name for path in Path(folder_path).iterdir() if path.is_file()), kwargs))
+            return SimpleNamespace(is_done=lambda: True)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: Hub())
+    monkeypatch.setattr(rounds, "HfApi", Hub, raising=False)
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    hub = dict(hub_model_id="me/x", push_in_progress=None)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **kwargs: vars(self).update(hub))
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "signal": "base_contrast"}
+    steps = {"teacher": {"max_steps": 1}, "student": {"max_steps": 2}}
+    words = recipe(tmp_path, tiny_model_path, rounds=1, push_to_hub=True, hub_strategy="every_save", **lora, **steps)
+    assert rounds.main(words) == 0
+    student = tmp_path / "out" / "round-1" / "student"
+    files, options = pushed[-1]
+    assert "adapter_config.json" in pushed[0][0]  # of the checkpoint
+    assert "model.safetensors" in files and not [name for name in files if name.startswith("adapter_")]
+    assert not list(student.glob("adapter_*"))
+    assert options["repo_id"] == "me/x" and options["delete_patterns"] == "adapter_*"
+    merged = weights(student)
+    assert type(merged) is type(weights(tiny_model_path)) and parameter_gap(merged, weights(tiny_model_path)) > 0
+    assert len(pushed) == 2
+
+
+def test_a_stage_that_made_nothing_takes_other_settings(tiny_model_path, tmp_path, monkeypatch):
+    """Out of memory at the first step; then half the micro-batch."""
+
+    class TooLarge(rounds.ERPDTeacherTrainer):
+        def compute_loss(self, *args, **kwargs):
+            raise RuntimeError("out of memory")
+
+    short = dict(rounds=1, signal="base_contrast", teacher={"max_steps": 1}, student={"max_steps": 1})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(rounds, "ERPDTeacherTrainer", TooLarge)
+        rounds.main(recipe(tmp_path, tiny_model_path, **short))
+    smaller = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert rounds.main(recipe(tmp_path, tiny_model_path, **short, **smaller)) == 0
 
 
 def test_further_teachers_by_name(two_rounds, tiny_model_path, tmp_path):
@@ -979,6 +1084,24 @@ def test_recipe_runs_in_small(name, tiny_model_path, tmp_path):
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "hold nothing out"),
         ({"load_in_8bit": True}, "leaves a whole model for the next"),
+        (
+            {"teacher": {"eval_strategy": "steps", "eval_steps": 1}},
+            "eval_strategy='steps' for the teacher: .* nothing",
+        ),
+        ({"rollouts": {**ROLLOUTS, "temperature": 0.5}}, r"temperature=0\.5 in `rollouts`: .*set it beside them"),
+        ({"rollouts": {**ROLLOUTS, "output_dir": "x"}}, "output_dir='x' in `rollouts`"),
+        ({"rollouts": {**ROLLOUTS, "seed": "one"}}, "rollouts=.*'seed': 'one'"),
+        ({"teacher": {"temperature": 0.5}}, r"temperature=0\.5 in `teacher`: .*set it beside them"),
+        ({"student": {"stage": "student"}}, "stage='student' in `student`"),
+        ({"teacher": {"unlearn": True}}, "unlearn=True in `teacher`"),
+        ({"student": {"push_to_hub": True}}, "push_to_hub=True in `student`"),
+        (
+            {"teacher_model_name_or_path": "x"},
+            "teacher_model_name_or_path='x' is not read .*`policies: {teacher: ...}`",
+        ),
+        ({"policies": {"base": "x"}}, "policies={'base': 'x'}: base is the model that a round starts from"),
+        ({"policies": {"elder": "x"}}, "policies={'elder': 'x'}: signal='weak' does not read it"),
+        ({"policies": {"teacher": 3}}, "policies={'teacher': 3} must name a model"),
         ({"reward_funcs": None}, "no reward: set `reward_funcs`"),
         ({"teacher": {"learning_rate": 7e-3}}, r"learning_rate=0\.007, but .*stage\.json was written with"),
     ],

@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
@@ -48,7 +50,8 @@ from ..policy.base import (
     sequence_mean,
     telemetry,
 )
-from .rollouts import collate_rollouts, completion_logps, prepare_rollouts
+from .common import check_token_ids
+from .rollouts import collate_rollouts, completion_logps, max_id, prepare_rollouts
 
 
 # preset -> (num, den, weight); a signal is the weighted sum of log num - log den
@@ -288,6 +291,7 @@ class ERPDConfig(GKDConfig):
         "loss_type": ("nll", "the loss is `teacher_loss` in stage 1 and fixed in stage 2"),
         "label_smoothing_factor": (0.0, "there are no labels to smooth"),
         "disable_dropout": (True, "a ratio to stored log-probabilities means nothing under dropout"),
+        "neftune_noise_alpha": (None, "a ratio to stored log-probabilities means nothing under noise"),
     }
 
     lmbda: float = field(default=0.0, metadata={"help": "Not read: the rollouts are frozen. Leave it at 0."})
@@ -464,9 +468,14 @@ class FrozenRolloutsTrainer(GKDTrainer):
                 f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r}: no policy is given as an id or a "
                 f"folder, so nothing is loaded with it; leave it out."
             )
-        train_dataset = self._check(prepare_rollouts(train_dataset), args, policies)
+        if isinstance(eval_dataset, Mapping):
+            raise ValueError(
+                f"eval_dataset has {', '.join(map(str, eval_dataset))}: {type(self).__name__} evaluates on one set of "
+                f"rollouts; give one."
+            )
+        train_dataset = self._read(train_dataset, args, policies)
         if eval_dataset is not None:
-            eval_dataset = self._check(prepare_rollouts(eval_dataset), args, policies)
+            eval_dataset = self._read(eval_dataset, args, policies)
         args.remove_unused_columns = False  # the collator reads them all
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
@@ -477,7 +486,8 @@ class FrozenRolloutsTrainer(GKDTrainer):
         super(GKDTrainer, self).__init__(
             model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or collate_rollouts,
+            data_collator=kwargs.pop("data_collator", None)
+            or partial(collate_rollouts, pad_to_multiple_of=args.pad_to_multiple_of),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,
@@ -492,7 +502,16 @@ class FrozenRolloutsTrainer(GKDTrainer):
             self._add_column(name, policies.get(name, self.model if name == "base" else None))
 
     @staticmethod
-    def _check(dataset: Dataset, args: ERPDConfig, policies: Mapping[str, Any]) -> Dataset:
+    def _read(dataset: Dataset, args: ERPDConfig, policies: Mapping[str, Any]) -> Dataset:
+        """Prepare rollouts; `ValueError` if they are not what the stage needs."""
+        if "temperature" in dataset.column_names:
+            others = sorted(set(dataset["temperature"]) - {args.temperature})
+            if others:
+                raise ValueError(
+                    f"temperature={args.temperature!r}, but the rollouts were sampled, and their log-probabilities "
+                    f"taken, at {', '.join(map(str, others))}; set it to that."
+                )
+        dataset = prepare_rollouts(dataset)
         for name in args.policies:
             if name != "base" and name not in policies and f"{name}_logps" not in dataset.column_names:
                 given = "`teacher_model`" if name == "teacher" else f"`policies={{{name!r}: ...}}`"
@@ -527,11 +546,11 @@ class FrozenRolloutsTrainer(GKDTrainer):
             policy = create_model_from_path(
                 policy, **{"device_map": None, **(self.args.teacher_model_init_kwargs or {})}
             )
-        sizes = [model.config.get_text_config().vocab_size for model in (policy, self.model)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"the policy {name!r} has a vocabulary of {sizes[0]} tokens, the trained one of {sizes[1]}."
-            )
+        if policy is not self.model:
+            columns = ["prompt_ids", "completion_ids"]
+            ids = [getattr(self, split).select_columns(columns).with_format("arrow")[:] for split in lacking]
+            options = {"revision": (self.args.teacher_model_init_kwargs or {}).get("revision")}
+            check_token_ids(name, policy.config, self.processing_class, max(map(max_id, ids)), **options)
         device, rank, n = policy.device, self.accelerator.process_index, self.accelerator.num_processes
         policy.to(self.accelerator.device)
         for split in lacking:
@@ -650,18 +669,27 @@ class FrozenRolloutsTrainer(GKDTrainer):
 
 
 class SaveAtAnchors(TrainerCallback):
-    """Puts a checkpoint off to the end of the batch iteration: a run resumed there repeats the uninterrupted one."""
+    """Puts a checkpoint off to the end of the batch iteration: a run resumed there repeats the uninterrupted one.
+
+    Where the best checkpoint counts, evaluations are put off too: else the best would be one that is never written.
+    """
 
     def __init__(self, trainer: FrozenRolloutsTrainer):
-        self.trainer, self.due = trainer, False
+        self.trainer, self.due = trainer, set()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._window = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.due |= control.should_save
-        control.should_save = self.due and (not self.trainer._window or control.should_training_stop)
-        self.due &= not control.should_save
+        names = ["should_save"]
+        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+            names.append("should_evaluate")
+        self.due |= {name for name in names if getattr(control, name)}
+        at_anchor = not self.trainer._window or control.should_training_stop
+        for name in names:
+            setattr(control, name, at_anchor and name in self.due)
+        if at_anchor:
+            self.due.clear()
 
 
 class ERPDTeacherTrainer(FrozenRolloutsTrainer):
@@ -678,7 +706,8 @@ class ERPDTeacherTrainer(FrozenRolloutsTrainer):
         kwargs: as for [`trl.experimental.gkd.GKDTrainer`]: `processing_class`, `peft_config`, `callbacks`, ...
 
     Raises:
-        ValueError: for rollouts without a difference in rewards, or rewards outside [0, 1] with `teacher_loss="ce"`.
+        ValueError: for rollouts without a difference in rewards or at another temperature, rewards outside [0, 1] with
+            `teacher_loss="ce"`, or several sets to evaluate on.
     """
 
     stage = "teacher"
@@ -708,7 +737,8 @@ class ERPDTrainer(FrozenRolloutsTrainer):
     A model given here is read once, at construction, and may be deleted then.
 
     Raises:
-        ValueError: for a policy in `signal` of which neither a column nor a model is there.
+        ValueError: for a policy in `signal` of which neither a column nor a model is there, a model with other token
+            ids, rollouts at another temperature, or several sets to evaluate on.
     """
 
     stage = "student"

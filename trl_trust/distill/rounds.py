@@ -3,7 +3,7 @@
     output_dir/round-1/rollouts    of the model, and the log-probabilities of teacher and twin for them
     output_dir/round-1/teacher     stage 1
     output_dir/round-1/unlearned   stage 1 towards the opposite, if the signal reads it
-    output_dir/round-1/student     stage 2; round 2 starts from it, with fresh rollouts of other prompts
+    output_dir/round-1/student     stage 2; round 2 starts from it, with fresh rollouts of prompts drawn anew
 
 Run again, it passes over what is finished, goes on from the last checkpoint or part of what is not, and refuses
 settings other than those a stage was begun with. Every stage leaves a whole model; adapters are merged.
@@ -17,11 +17,13 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model, release_memory
+from huggingface_hub import HfApi
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from ..cli import launcher_options
 from ..script import RecipeParser, TrustScriptArguments
+from .common import as_mapping
 from .erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
 from .rollouts import (
     RolloutsConfig,
@@ -50,6 +52,18 @@ DECISIVE = (
 )
 
 
+CHECKPOINTS = "checkpoint-*/trainer_state.json"  # the last file of a checkpoint
+
+# Fields that no stage has for itself, and why.
+OF_THE_ROUNDS = {
+    "stage": "the rounds run each stage",
+    "output_dir": "each stage has a folder in that of the rounds",
+    "temperature": "rollouts and both stages have one; set it beside them",
+    "unlearn": "the twin is trained where the signal reads `unlearned`",
+    "push_to_hub": "the student of the last round is pushed; set it beside them",
+}
+
+
 @dataclass
 class ERPDScriptArguments(TrustScriptArguments):
     """
@@ -59,11 +73,15 @@ class ERPDScriptArguments(TrustScriptArguments):
         rounds (`int`, *optional*, defaults to `1`):
             Rounds; each begins at the student of the last.
         rollouts (`dict`, *optional*):
-            Fields of [`~trl_trust.distill.rollouts.RolloutsConfig`].
+            Fields of [`~trl_trust.distill.rollouts.RolloutsConfig`], but `output_dir` and `temperature`, which is that
+            of the stages. `seed` is that of round 1 and grows by 1 a round.
         teacher, student (`dict`, *optional*):
-            Fields of [`ERPDConfig`] for one stage only, such as `num_train_epochs`.
+            Fields of [`ERPDConfig`] for one stage only, such as `num_train_epochs`; but those in [`OF_THE_ROUNDS`].
         policies (`dict`, *optional*):
-            Name to model, for further policies that `signal` reads.
+            Name to model, for further policies that `signal` reads, or a `teacher` in the place of stage 1's.
+
+    Raises:
+        ValueError: for fewer rounds than 1, or something else than a mapping where one belongs.
     """
 
     rounds: int = field(default=1, metadata={"help": "Rounds; each begins at the student of the last."})
@@ -85,14 +103,7 @@ class ERPDScriptArguments(TrustScriptArguments):
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds!r} must be at least 1.")
         for name in ("rollouts", "teacher", "student", "policies"):
-            value = getattr(self, name)
-            try:
-                value = json.loads(value) if isinstance(value, str) else value or {}
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}={value!r} is no mapping: {error}.") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
-            setattr(self, name, value)
+            setattr(self, name, as_mapping(name, getattr(self, name)) or {})
 
 
 def make_parser(prog: str = "trl-trust erpd") -> RecipeParser:
@@ -117,30 +128,40 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         return make_parser().parse([*words, "--stage", stage, *_as_words(settings)], launcher_options())
 
     script_args, args, model_args, dataset_args = parse("student")
-    seed, temperature, output = args.seed, args.temperature, Path(args.output_dir)
+    temperature, output = args.temperature, Path(args.output_dir)
+    _refuse_what_is_of_the_rounds(script_args)
 
     def config_of(stage: str, folder: Path, **settings) -> ERPDConfig:
         own = script_args.teacher if stage == "teacher" else script_args.student
         return parse(stage, **{**own, **settings, "output_dir": str(folder)})[1]
 
     def rollouts_of(number: int) -> RolloutsConfig:
-        settings = {"seed": seed + number - 1, "use_cpu": args.use_cpu, **script_args.rollouts}
+        settings = {"seed": args.seed, "use_cpu": args.use_cpu, **script_args.rollouts}
         settings |= {"temperature": temperature, "output_dir": str(output / f"round-{number}" / "rollouts")}
         try:
+            settings["seed"] += number - 1  # each round draws its own prompts
             return RolloutsConfig(**settings)
         except TypeError as error:
             raise ValueError(f"rollouts={script_args.rollouts!r}: {error}") from error
 
     check_sources(script_args, rollouts_of(1), model_args)
-    config_of("teacher", output)
     if get_quantization_config(model_args) is not None:
         raise ValueError("load_in_8bit, load_in_4bit: every stage leaves a whole model for the next; leave them out.")
-    if args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={args.eval_strategy!r}: the rounds hold nothing out; leave it at 'no'.")
-    reads = config_of("student", output).policies
-    unknown = sorted(set(reads) - {"base", "teacher", "unlearned"} - set(script_args.policies))
-    if unknown:
-        raise ValueError(f"signal={args.signal!r} reads {', '.join(unknown)}; name a model in `policies`.")
+    configs = {stage: config_of(stage, output) for stage in ("teacher", "student")}
+    for stage, config in configs.items():
+        if config.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy={config.eval_strategy.value!r} for the {stage}: the rounds hold nothing out; leave it "
+                f"at 'no'."
+            )
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} is not read by the rounds, which make a teacher; for another "
+                    f"one set `policies: {{teacher: ...}}`."
+                )
+    reads = configs["student"].policies
+    _check_policies(script_args.policies, configs["student"])
 
     def play(number: int, policy: str) -> str:
         """One round from `policy`; returns the folder of its student."""
@@ -180,7 +201,8 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
     everything = config.to_dict()
     settings = {name: everything[name] for name in (*DECISIVE, *ERPDConfig.__annotations__) if name in everything}
     adapter = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
-    claim(folder, "stage", {"model": model, "rollouts": str(rollouts), **settings, **adapter})
+    settings = {"model": model, "rollouts": str(rollouts), **settings, **adapter}
+    claim(folder, "stage", settings, [CHECKPOINTS, "done"])
     if (folder / "done").exists():
         state.print(f"{folder} is done")
         return str(folder)
@@ -198,16 +220,28 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
         )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if is_peft_model(trainer.model):
-        trainer.save_model(str(folder / "adapter"))
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        model = trainer.accelerator.unwrap_model(trainer.model)
         if state.is_main_process:
-            merged.save_pretrained(folder)
+            # Not `save_model`, which pushes what it saves; and `push_to_hub` would save the adapter a second time
+            model.save_pretrained(folder / "adapter")
+            model.merge_and_unload().save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
+            for path in folder.glob("adapter_*"):  # of a push at a checkpoint; it would be put onto the merged model
+                path.unlink()
     else:
         trainer.save_model(str(folder))
     trainer.create_model_card(model_name=folder.name)
-    if config.push_to_hub:
+    if config.push_to_hub and not is_peft_model(trainer.model):
         trainer.push_to_hub()
+    elif config.push_to_hub and state.is_main_process:
+        HfApi(token=config.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=str(folder),
+            commit_message="End of training",
+            revision=config.hub_revision,
+            ignore_patterns=["_*", "checkpoint-*"],  # as in `Trainer.push_to_hub` of transformers 5.23
+            delete_patterns="adapter_*",
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         (folder / "done").touch()
@@ -216,9 +250,40 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
     return str(folder)
 
 
+def _refuse_what_is_of_the_rounds(script_args: ERPDScriptArguments) -> None:
+    for name, fields in (
+        ("rollouts", ("output_dir", "temperature")),
+        ("teacher", OF_THE_ROUNDS),
+        ("student", OF_THE_ROUNDS),
+    ):
+        given = getattr(script_args, name)
+        for key in fields:
+            if key in given:
+                raise ValueError(f"{key}={given[key]!r} in `{name}`: {OF_THE_ROUNDS[key]}; leave it out there.")
+
+
+def _check_policies(given: Mapping[str, Any], config: ERPDConfig) -> None:
+    """`ValueError` for a policy that the signal reads and nobody makes, or that is given and cannot be read."""
+    own = {"base", "teacher", "unlearned"}
+    missing = sorted(set(config.policies) - own - set(given))
+    if missing:
+        raise ValueError(f"signal={config.signal!r} reads {', '.join(missing)}; name a model in `policies`.")
+    for name, model in given.items():
+        if name == "base":
+            raise ValueError(
+                f"policies={{'base': {model!r}}}: base is the model that a round starts from; leave it out."
+            )
+        if name not in config.policies:
+            raise ValueError(
+                f"policies={{{name!r}: {model!r}}}: signal={config.signal!r} does not read it; leave it out."
+            )
+        if not isinstance(model, str):
+            raise ValueError(f"policies={{{name!r}: {model!r}}} must name a model, by an id or a folder.")
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in folder.glob(CHECKPOINTS)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
