@@ -366,6 +366,7 @@ class ALPTrainer(TrustGRPOTrainer):
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
             )
+            self.tensors_aside = [self.noise.log_sigma]  # TRAM, which takes two gradients, leaves one in them
 
     def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
         if self.model.training:
