@@ -189,19 +189,22 @@ def main():
     torch.ones(7_900_000)
 
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
-    results["machine"] = {
+    machine = {
         "device": torch.cuda.get_device_name() if args.device != "cpu" else _cpu_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "clock": "process" if args.device == "cpu" else "wall",
     }
-    results["command"] = "python benchmarks/optimizers.py " + " ".join(sys.argv[1:])
+    command = "python benchmarks/optimizers.py " + " ".join(sys.argv[1:])
     for name, (what, bound, ours, theirs) in pairs().items():
         if args.rows and not any(name.startswith(row) for row in args.rows):
             continue
         rounds = args.rounds if not name.startswith("fismo") else min(args.rounds, 3)  # eigh takes many seconds
         row = {"what": what, "bound": bound, "rounds": rounds, **compare(ours, theirs, rounds, args.device)}
-        results["rows"][name] = row
+        results["rows"][name] = {**row, "machine": machine, "command": command}
+        if all("command" in kept for kept in results["rows"].values()):
+            # Older files have one of each for all rows, those of the last run, which may have been a partial one.
+            results = {key: value for key, value in results.items() if key not in ("machine", "command")}
         verdict = "" if bound is None else f"  bound {bound:.3g}: {'met' if row['ratio'] <= bound else 'MISSED'}"
         print(f"{name:22s} {row['ratio']:7.3f} {row['quartiles']}  {row['ours_ms']} / {row['theirs_ms']} ms{verdict}")
         if args.json:

@@ -1,4 +1,5 @@
-"""The pre-training benchmark in miniature: cells are stored one by one, not run twice, and reported."""
+"""The benchmarks in miniature: the pre-training one stores its cells one by one and runs none twice; the one of
+optimizer steps keeps each row with the machine and the command that it came from."""
 
 import importlib.util
 import json
@@ -6,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +61,26 @@ def test_a_diverged_cell_is_kept_and_never_best():
     assert cell["val_loss"] == math.inf and cell["diverged"] > 1
     rates = {1e30: [cell], 0.1: [{"val_loss": 2.0}]}
     assert script.best_rate(rates) == 0.1
+
+
+def test_a_row_keeps_its_own_machine_and_command(tmp_path, monkeypatch, capsys):
+    script, path = load_script("optimizers"), tmp_path / "results.json"
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # the other tests' too
+    step = lambda device: torch.optim.SGD(script.parameters([(4, 4)], device), lr=0.1)
+    monkeypatch.setattr(script, "pairs", lambda: {name: (name, None, step, step) for name in ("one", "two")})
+    old = {"rows": {"one": {"ratio": 0.5}, "two": {"ratio": 0.6}}, "machine": {"device": "Old"}, "command": "old"}
+    path.write_text(json.dumps(old))
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["optimizers.py", "--rounds", "1", "--json", str(path), *words])
+        script.main()
+        return json.loads(path.read_text())
+
+    results = call("--rows", "two")
+    # An older file has one machine and one command, those of its last run: they stay while a row is left from it.
+    assert results["rows"]["one"] == {"ratio": 0.5} and results["machine"] == {"device": "Old"}
+    assert results["rows"]["two"]["command"].endswith("--rows two")
+    results = call("--threads", "2", "--rows", "one")
+    assert results["rows"]["one"]["machine"]["threads"] == 2 and results["rows"]["two"]["machine"]["threads"] == 1
+    assert results["rows"]["two"]["command"].endswith("--rows two")
+    assert results.keys() == {"rows"}
