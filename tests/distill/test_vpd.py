@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import (
     loss_and_grad,
     parameter_gap,
@@ -25,7 +25,7 @@ from tiny import (
     tiny_run,
     tiny_trainer,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.sdpo.loss_utils import (  # the oracle
     add_tail_bucket,
     apply_importance_sampling_clipping,
@@ -332,6 +332,7 @@ def test_masked_tokens_change_nothing(seed):  # 10
         ({"solution_template": "{answer}"}, "must hold {solution} and no other"),
         ({"max_teacher_prompt_length": 0}, "must be a whole number >= 1"),
         ({"disable_dropout": False}, "leave it True"),
+        ({"neftune_noise_alpha": 5.0}, "leave it out"),
         ({"gradient_accumulation_steps": 3}, "must be a multiple of gradient_accumulation_steps=3"),
         ({"epsilon": 0.1}, "distillation_is_clip"),
         ({"delta": 4.0}, "distillation_is_clip"),
@@ -459,11 +460,23 @@ def test_an_overlong_prompt_counts_as_no_feedback(tiny_model_path, tmp_path):
     assert flags == {0.0, 1.0}
 
 
+def test_the_teachers_prompt_is_padded_to_a_multiple(tiny_model_path, tmp_path):
+    """Whatever the prompts that are too long leave of its width."""
+    long_if_empty = lambda completions, **kwargs: ["x" * (60 if digits(text) == 0 else 3) for text in completions]
+    args = vpd_config(tmp_path, max_steps=1, use_successful_as_teacher=False, max_teacher_prompt_length=20, **SHORT)
+    args.pad_to_multiple_of = 16
+    part = run(tiny_model_path, args, feedback_func=long_if_empty)._buffered_inputs[0]
+    assert part["extras/teacher_prompt_ids"].size(1) in (16, 32)
+
+
 def test_the_feedback_of_an_environment(tiny_model_path, tmp_path):
     trainer = tiny_trainer(VPDTrainer, tiny_model_path, vpd_config(tmp_path))
     trainer.environments = [SimpleNamespace(feedback="no"), SimpleNamespace(), SimpleNamespace(feedback=" ")]
     rollouts = SimpleNamespace(completions=["a", "b", "c"])
     assert trainer._texts(rollouts, [0.0] * 3) == ["no", None, None]
+    trainer.environments[0].feedback = ["no"]
+    with pytest.raises(ValueError, match=r"the attribute `feedback` of an environment is \['no'\] about a completion"):
+        trainer._texts(rollouts, [0.0] * 3)
     trainer.args.include_environment_feedback = False
     assert trainer._texts(rollouts, [0.0] * 3) == [None] * 3
 
@@ -510,6 +523,35 @@ def test_demonstrations_are_shown_without_their_thoughts(tiny_model_path, tmp_pa
     assert trainer._solutions(rollouts, [1.0] * 4 + [0.0, 1.0, 0.0, 0.0]) == ["<think>no</think>3", None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("so so </think>\n12", "12"),  # the chat template has opened the block
+        ("so </think>1<think>again</think>2", "12"),
+        ("<think>all thought, cut off", None),
+        ("<think>12</think>", None),
+        ("12", "12"),
+    ],
+)
+def test_thoughts_are_left_out_wherever_they_are_opened(text, shown, tiny_model_path, tmp_path):
+    """And a success that is nothing else is no solution: the next one is."""
+    trainer = tiny_trainer(VPDTrainer, tiny_model_path, vpd_config(tmp_path))
+    solutions = lambda texts: trainer._solutions(
+        SimpleNamespace(completions=texts, rows=slice(0, len(texts)), num_generations=len(texts)),
+        [0.0] + [1.0] * (len(texts) - 1),
+    )
+    assert solutions(["wrong", text])[0] == shown
+    assert solutions(["wrong", text, "5"])[0] == (shown or "5")
+
+
+def test_an_async_feedback_function(tiny_model_path, tmp_path):
+    async def say(completions, **kwargs):
+        return [f"{digits(text)} digits" for text in completions]
+
+    log = run(tiny_model_path, vpd_config(tmp_path, max_steps=1), feedback_func=say).state.log_history[0]
+    assert log["vpd/e_skipped"] == 0.0
+
+
 def test_feedback_by_dotted_path(tiny_model_path, tmp_path):
     args = vpd_config(tmp_path, max_steps=1, feedback_func=f"{__name__}.say_digits")
     log = run(tiny_model_path, args, feedback_func=None).state.log_history[0]
@@ -537,6 +579,13 @@ def test_feedback_functions_that_do_not_fit(tiny_model_path, tmp_path):
         tiny_trainer(VPDTrainer, tiny_model_path, args, feedback_func=say_digits)
     with pytest.raises(ValueError, match="1 texts for 16 completions"):
         run(tiny_model_path, vpd_config(tmp_path), feedback_func=lambda **kwargs: ["one"])
+    for found in (None, "no", {"a": 1}):
+        with pytest.raises(ValueError, match=f"feedback_func returned {found!r}; it must return a list"):
+            run(tiny_model_path, vpd_config(tmp_path), feedback_func=lambda _found=found, **kwargs: _found)
+    for text in ({"a": 1}, 3):
+        with pytest.raises(ValueError, match=f"feedback_func returned {text!r} about a completion"):
+            say = lambda completions, _text=text, **kwargs: [_text] * len(completions)
+            run(tiny_model_path, vpd_config(tmp_path), feedback_func=say)
 
 
 # -- the M-step in a run ----------------------------------------------------------------------------------------------
@@ -818,11 +867,51 @@ def test_priors(lora, tiny_model_path, tmp_path):
         assert torch.equal(plan.ref_logps[0], plan.logps[0]) == (prior == "dynamic")
 
 
-def test_a_fixed_prior_takes_trls_reference(tiny_model_path, tmp_path):
-    trainer = run(tiny_model_path, vpd_config(tmp_path, prior="fixed", beta=0.1, max_steps=2))
-    assert trainer._prior_model is None
-    part = trainer._buffered_inputs[0]
-    assert torch.equal(part["extras/prior_logps"], part["ref_per_token_logps"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_fixed_prior_of_a_trained_adapter_is_the_model_with_it(beta, tiny_model_path, tmp_path):
+    """As TRL's reference is: the initial policy."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # not the one that changes nothing
+    gaps = []
+
+    class Watch(VPDTrainer):
+        def _plan_e_step(self):
+            plan = super()._plan_e_step()
+            live = self._micro_batches[0]["completion_mask"] > 0
+            gaps.append((plan.ref_logps[0] - plan.logps[0])[live].abs().max().item())
+            return plan
+
+    args = vpd_config(
+        tmp_path,
+        prior="fixed",
+        beta=beta,
+        e_step_every=1,
+        max_steps=3,
+        learning_rate=3e-2,
+        steps_per_generation=1,
+        per_device_train_batch_size=16,
+        max_completion_length=6,
+    )
+    trainer = Watch(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path), lora),
+        args=args,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
+        reward_funcs=reward_digits,
+        feedback_func=say_digits,
+        train_dataset=problems("train", 32),
+    )
+    trainer.train()
+    assert gaps[0] < 1e-5 and gaps[1] > 1e-3
+    assert args.beta == beta
+
+
+def test_a_fixed_prior_is_trls_reference(tiny_model_path, tmp_path):
+    for beta in (0.0, 0.1):
+        trainer = run(tiny_model_path, vpd_config(tmp_path, prior="fixed", beta=beta, max_steps=2))
+        part = trainer._buffered_inputs[0]
+        assert torch.equal(part["extras/prior_logps"], part["ref_per_token_logps"])
+    plain = run(tiny_model_path, vpd_config(tmp_path, prior="fixed", e_step_every=0, max_steps=1))
+    assert plain.ref_model is None  # without E-steps nobody reads it
 
 
 # -- everything around ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -37,6 +37,7 @@ from ..policy.base import (
     paper,
 )
 from ..policy.hidden import HiddenStates
+from .common import finished
 
 
 # feedback_func(prompts, completions, **columns) -> what there is to say about each completion, or None
@@ -213,8 +214,9 @@ class VPDConfig(TrustGRPOConfig):
             Where all outcomes are equal: `"skip"` the E-step (an M-step takes its place), or `"use"` the one class,
             against the running shift.
         prior (`str`, *optional*, defaults to `"dynamic"`):
-            Reference of the implicit reward: the student before the update, or `"fixed"`, the initial model (with LoRA
-            the model without its adapter).
+            Reference of the implicit reward: the student before the update, or `"fixed"`, the initial policy. That is
+            TRL's reference model (with a new adapter the model without it, of a trained one a copy), whose `kl` is
+            then logged.
         distillation_mode (`str`, *optional*, defaults to `"topk_logits"`):
             What the M-step compares: the student's likeliest tokens, all with `"full_logits"`, or `"sampled_token"`,
             an estimate from the sampled tokens alone.
@@ -246,8 +248,9 @@ class VPDConfig(TrustGRPOConfig):
 
     Raises:
         ValueError: for values outside the above, templates without their place-holders, `disable_dropout=False`,
-            E-steps with a `steps_per_generation` that is no multiple of `gradient_accumulation_steps`, or `epsilon`,
-            `epsilon_high`, `delta`, `scale_rewards` or `multi_objective_aggregation` other than TRL's default.
+            `neftune_noise_alpha`, E-steps with a `steps_per_generation` that is no multiple of
+            `gradient_accumulation_steps`, or `epsilon`, `epsilon_high`, `delta`, `scale_rewards` or
+            `multi_objective_aggregation` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
@@ -290,7 +293,7 @@ class VPDConfig(TrustGRPOConfig):
     prior: str = field(
         default="dynamic",
         metadata={
-            "help": "Reference of the implicit reward: the student as it is, or the initial model.",
+            "help": "Reference of the implicit reward: the student as it is, or the initial policy.",
             "choices": ["dynamic", "fixed"],
         },
     )
@@ -367,6 +370,11 @@ class VPDConfig(TrustGRPOConfig):
         self._require(
             self.disable_dropout is True, "disable_dropout", "would set apart teacher and student; leave it True"
         )
+        self._require(
+            self.neftune_noise_alpha is None,
+            "neftune_noise_alpha",
+            "would set apart teacher and student, as dropout would; leave it out",
+        )
         if self.e_step_every:
             steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
             self._require(
@@ -384,6 +392,10 @@ class VPDConfig(TrustGRPOConfig):
         found = all(f"<{place}>" in text for place in places)
         names = " and ".join(f"{{{place}}}" for place in places)
         self._require(found, name, f"must hold {names} and no other place-holder; write other braces twice")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.e_step_every > 0 and self.prior == "fixed"
 
     @property
     def needs_stale_rollouts(self) -> bool:
@@ -433,12 +445,13 @@ class VPDTrainer(TrustGRPOTrainer):
     Args:
         feedback_func (`Callable`, *optional*):
             `feedback_func(prompts, completions, **columns) -> list[str | None]`, instead of `args.feedback_func`. It
-            is called once a generation batch on every process, with what a reward function gets: the columns of the
-            data set, `completion_ids`, `environments` if there are any; and with `rewards`, of these rows.
+            is called once a generation batch on every process, with what a reward function reads: the columns of the
+            data set, `completion_ids`, `environments` if there are any; and with `rewards`, of these rows. It may be
+            async.
 
     Raises:
-        ValueError: for `feedback_func` given twice or not found, `e_step_mode="extra"` under DeepSpeed or FSDP1,
-            images, or a conversation that does not end with the user.
+        ValueError: for `feedback_func` given twice, not found, or returning something else, `e_step_mode="extra"`
+            under DeepSpeed or FSDP1, images, or a conversation that does not end with the user.
     """
 
     config_class = VPDConfig
@@ -471,10 +484,6 @@ class VPDTrainer(TrustGRPOTrainer):
                 )
             if config.e_step_position == "after":
                 self.add_callback(_AfterStep(self))
-        self._prior_model = None
-        if config.prior == "fixed" and self.beta == 0.0 and not is_peft_model(self.model):
-            init_kwargs = {"dtype": self.model.dtype, **(config.model_init_kwargs or {})}
-            self._prior_model = self.add_frozen_model(self.model.config.name_or_path, init_kwargs)
 
     # -- the teacher's prompts ---------------------------------------------------------------------------------------
 
@@ -497,6 +506,7 @@ class VPDTrainer(TrustGRPOTrainer):
         ids, mask = self.prompt_tensors(prompts)  # (n, P')
         fits = mask.sum(1) <= self.args.max_teacher_prompt_length
         width = ids.size(1) if fits.all() else max(1, int((mask.sum(1) * fits).max()))
+        width += -width % (self.args.pad_to_multiple_of or 1)  # never beyond that of `ids`, which is a multiple
         device = tensors["completion_ids"].device
         as_column = lambda flags: torch.tensor([[bool(x)] for x in flags], device=device) & fits[:, None]
         has_feedback = as_column(feedback)  # (n, 1)
@@ -516,7 +526,7 @@ class VPDTrainer(TrustGRPOTrainer):
             "feedback": torch.cat([has_feedback, as_column(texts), as_column(solutions)], dim=1).float(),  # (n, 3)
         }
         if self.args.e_step_every and self.args.prior == "fixed":
-            extras["prior_logps"] = self._fixed_prior(tensors)  # (n, T)
+            extras["prior_logps"] = tensors["ref_per_token_logps"]  # (n, T)
         return extras
 
     def _texts(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
@@ -525,6 +535,7 @@ class VPDTrainer(TrustGRPOTrainer):
         if not self.args.include_environment_feedback:
             return [None] * n
         if self.feedback_func is None:
+            source = "the attribute `feedback` of an environment is"
             found = [getattr(environment, "feedback", None) for environment in self.environments or [None] * n]
         else:
             columns = {key: [row[key] for row in rollouts.examples] for key in rollouts.examples[0]}
@@ -533,15 +544,21 @@ class VPDTrainer(TrustGRPOTrainer):
             if self.environments is not None:
                 columns["environments"] = self.environments
             columns |= {"completion_ids": rollouts.completion_ids, "rewards": rewards[rollouts.rows]}
-            found = self.feedback_func(prompts=rollouts.prompts, completions=rollouts.completions, **columns)
+            source = "feedback_func returned"
+            found = finished(self.feedback_func(prompts=rollouts.prompts, completions=rollouts.completions, **columns))
+        if not isinstance(found, (list, tuple)):
+            raise ValueError(f"{source} {found!r}; it must return a list, a text or None for each completion.")
         if len(found) != n:
             raise ValueError(
                 f"feedback_func returned {len(found)} texts for {n} completions; it must return one each."
             )
+        for text in found:
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{source} {text!r} about a completion; it must be a text or None.")
         return [text if text and text.strip() else None for text in found]
 
     def _solutions(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
-        """Another response to the same prompt that succeeded, for each response of this process."""
+        """Another response to the same prompt that succeeded and says something, for each response of this process."""
         texts, first = [as_text(completion) for completion in rollouts.completions], rollouts.rows.start
         n, size = len(texts), rollouts.num_generations
         if not self.args.use_successful_as_teacher:
@@ -549,22 +566,13 @@ class VPDTrainer(TrustGRPOTrainer):
         if n % size != 0:  # groups are spread over processes
             texts, first = gather_object(texts), 0
         if self.args.remove_thinking_from_demonstration:
-            texts = [re.sub(r"(?s)<think>.*?</think>\s*", "", text) for text in texts]
+            texts = [without_thoughts(text) for text in texts]
         solutions: list[str | None] = []
         for row in range(rollouts.rows.start, rollouts.rows.stop):
             group = range(row // size * size, row // size * size + size)
             others = (i for i in group if i != row and rewards[i] >= self.args.success_reward_threshold)
-            other = next(others, None)
-            solutions.append(None if other is None else texts[other - first])
+            solutions.append(next((texts[i - first] for i in others if texts[i - first].strip()), None))
         return solutions
-
-    def _fixed_prior(self, tensors: dict[str, Any]) -> Tensor:
-        if "ref_per_token_logps" in tensors:
-            return tensors["ref_per_token_logps"]
-        if self._prior_model is not None:
-            return self.score_rollouts(tensors, self._prior_model)
-        with self.model.disable_adapter():
-            return self.score_rollouts(tensors)
 
     # -- the two steps -----------------------------------------------------------------------------------------------
 
@@ -761,6 +769,12 @@ def as_text(completion: str | list[dict]) -> str:
         for content in contents
     ]
     return "\n".join(filter(None, parts))
+
+
+def without_thoughts(text: str) -> str:
+    """`text` without `<think>` blocks: also one that the chat template has opened, or that was never closed."""
+    text = re.sub(r"(?s)\A(?:(?!<think>).)*?</think>\s*", "", text)
+    return re.sub(r"(?s)<think>.*?(?:</think>\s*|\Z)", "", text)
 
 
 def load_function(path: str) -> Callable:
