@@ -536,7 +536,14 @@ def test_metrics_join_over_processes_by_weight_and_by_name():
         found.pop("c")[1] == 0.0 == found.pop("e")[1] and stats[[names.index("c"), names.index("e")], 0].isnan().all()
     )
     assert found == {"a/max": [3.0, 2.0], "a/mean": [4.0, 2.0], "a/min": [1.0, 2.0], "b": [1.0, 1.0], "d": [5.0, 1.0]}
-    assert local_statistics({"a": x}, torch.zeros_like(mask))[1].tolist() == [[0.0, 0.0]]
+    rows = torch.tensor([[2.0], [99.0]])  # of which the second has no live token: TRL counts it, we do not
+    assert local_statistics({"b": rows}, mask)[1].tolist() == [[2.0, 1.0]]
+    assert local_statistics({"clip_ratio/low_mean": rows}, mask)[1].tolist() == [[101.0, 2.0]]
+    dead = torch.zeros_like(mask)
+    assert local_statistics({"entropy": x}, dead)[1].tolist() == [[0.0, 0.0]]
+    assert all(
+        value.isnan() and weight == 0 for x in (x, rows) for value, weight in local_statistics({"a": x}, dead)[1]
+    )
     assert _join_processes("a/mean", [[4.0, 2.0], [10.0, 8.0]]) == pytest.approx(1.4)
     assert _join_processes("a/mean", [[0.0, 0.0], [0.0, 0.0]]) == 0.0
     assert _join_processes("a/mean", [[4.0, 2.0], [math.nan, 0.0]]) == 2.0
@@ -545,6 +552,25 @@ def test_metrics_join_over_processes_by_weight_and_by_name():
     assert math.isnan(_join_processes("a/max", [[-math.inf, 0.0]]))
     with pytest.raises(ValueError, match="'a' has shape"):
         local_statistics({"a": torch.zeros(2, 2)}, mask)
+
+
+def test_micro_batches_without_a_live_token_have_no_part_in_the_metrics(tiny_model_path, tmp_path):
+    class HalfTruncated(DISPOTrainer):
+        def policy_loss(self, batch):
+            seen.append(bool(batch.mask.any()))
+            return super().policy_loss(batch)
+
+        def extend_rollouts(self, rollouts):
+            rollouts.tensors["completion_mask"][::2] = 0  # as `mask_truncated_completions` does
+            return {}
+
+    seen = []
+    batches = dict(per_device_train_batch_size=1, gradient_accumulation_steps=8, steps_per_generation=16, max_steps=2)
+    trainer = tiny_run(HalfTruncated, tiny_model_path, tiny_config(DISPOConfig, tmp_path, **batches))
+    assert set(seen) == {True, False}
+    for log in trainer.state.log_history[:2]:
+        assert log["trust/ratio/min"] <= log["trust/ratio/mean"] <= log["trust/ratio/max"]
+        assert log["dispo/weight/mean"] > 0.9
 
 
 def test_a_batch_loss_is_added_after_aggregation_and_divided_by_the_accumulation(tiny_model_path, tmp_path):

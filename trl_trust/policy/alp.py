@@ -424,8 +424,7 @@ class ALPTrainer(TrustGRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         kl = logs.get("alp/kl/perturbed")
-        some_live = logs.get("trust/ess") is not None  # else a mean over no token
-        if kl is not None and kl < NO_EFFECT and some_live and not self._warned:
+        if kl is not None and kl < NO_EFFECT and not self._warned:
             self._warned = True
             logger.warning(
                 f"The noise does nothing: KL(clean || perturbed) is {kl:.1e} at sigma {logs['alp/sigma/mean']:.1e}. "

@@ -835,22 +835,30 @@ def masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Ten
 
 
 def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """Names of K metrics, and (K, 2): their values and weights on this process. NaN entries do not count."""
+    """Names of K metrics, and (K, 2): their values and weights on this process. NaN entries do not count.
+
+    Nor do rows without a live token; a micro-batch of such rows alone has no value, NaN. Only where TRL 1.16 logs the
+    same metric it is kept as TRL has it: the mean of no token is 0, and a sequence counts with or without live tokens.
+    """
     groups = defaultdict(list)  # what has one shape and one reduction is reduced at once: a few kernels for them all
     for name, x in metrics.items():
         if x.shape not in (mask.shape, (len(mask), 1), ()):
             expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
             raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
-        groups[x.shape, _extremum(name)].append(name)
+        groups[x.shape, _extremum(name), name in ("entropy", "kl") or name.startswith("clip_ratio/")].append(name)
     stats = []
-    for (shape, extremum), names in groups.items():
+    rows = (mask > 0).any(1)  # (B,)
+    for (shape, extremum, stock), names in groups.items():
         x = torch.stack([metrics[name].detach().float().flatten() for name in names])  # (k, numel)
-        live = (mask > 0).flatten() if shape == mask.shape else torch.ones_like(x[0], dtype=torch.bool)
+        if shape == mask.shape:
+            live = (mask > 0).flatten()
+        else:
+            live = rows if shape and not stock else torch.ones_like(x[0], dtype=torch.bool)
         keep = live & ~x.isnan()
         weight = keep.sum(1)
         if extremum is None:
-            # the mean of nothing is 0, as TRL 1.16 logs it for a batch without live tokens; of NaN alone it is NaN
-            value = x.masked_fill(~keep, 0.0).sum(1).masked_fill(live.any() & (weight == 0), torch.nan)
+            nothing = (weight == 0) & live.any() if stock else weight == 0
+            value = x.masked_fill(~keep, 0.0).sum(1).masked_fill(nothing, torch.nan)
         elif extremum is min:
             value = x.masked_fill(~keep, math.inf).amin(1)
         else:
