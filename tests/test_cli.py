@@ -108,6 +108,8 @@ def test_help_shows_the_fields_that_the_config_has(method, capsys):
     shown = capsys.readouterr().out
     assert all(f"--{name} " in shown for name in [*own, "reward_funcs", "prompt_column"])
     assert "--help-all" in shown
+    for name in cli.unread_fields(method.module, method.config):
+        assert name in config.unread_fields and name in shown
 
 
 def test_help_all_lists_every_field(capsys):
@@ -125,6 +127,10 @@ def test_tables(capsys):
         assert cli.main([command]) == 0
         shown = capsys.readouterr().out
         assert names and all(name in shown for name in names)
+
+
+def test_commands_that_take_nothing_refuse_words(capsys):
+    assert "unexpected '--foo' after 'methods'" in error_of(capsys, "methods", "--foo")
 
 
 def test_quickstart_gets_its_arguments(monkeypatch):
@@ -396,6 +402,40 @@ def test_saves_and_pushes_as_asked(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("trl.GRPOTrainer.hub_model_id", "me/mine", raising=False)
     assert cli.main(["dispo", "--config", path], launch=False) == 0
     assert pushed[-1] == {"dataset_name": str(tmp_path / "train.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "said"),
+    [
+        ("dispo", {"num_iterations": 0}, "num_iterations=0 must be at least 1"),
+        ("dispo", {"optim": "auon", "optim_args": "foo=1"}, "optim_args of optim='auon' has unknown keys: foo"),
+        ("dispo", {"resume_from_checkpoint": "true"}, "there is no checkpoint in output_dir="),
+        ("dispo", {"resume_from_checkpoint": "nope"}, "resume_from_checkpoint='nope': no such folder"),
+        ("dispo", {"model_name_or_path": "out-nope"}, "model_name_or_path='out-nope' is no directory with a model"),
+        (
+            "trpa",
+            {"level_rule": "knights_and_knaves"},
+            "knights_and_knaves_levels needs the column `solution_text_format`; the data set has prompt, solution",
+        ),
+        ("vpd", {"feedback_func": "test_cli.say_tests"}, "say_tests needs the column `tests`"),
+        ("erpd", {"stage": "teacher"}, "stage: the rounds run both stages"),
+    ],
+)
+def test_bad_settings_are_told_before_training(method, changes, said, recipe, capsys):
+    assert said in error_of(capsys, method, "--config", recipe(**changes))
+
+
+def say_tests(prompts, completions, tests, **kwargs):
+    raise AssertionError("called")
+
+
+def test_resume_from_the_last_checkpoint(recipe, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=1, logging_steps=1, max_steps=1)
+    assert cli.main(["dispo", "--config", recipe(**saving)], launch=False) == 0
+    words = ["--config", recipe(**{**saving, "max_steps": 2}), "--resume_from_checkpoint", "true"]
+    assert cli.main(["dispo", *words], launch=False) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2]
 
 
 # -- TRL's own scripts -----------------------------------------------------------------------------------------------

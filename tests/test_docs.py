@@ -1,5 +1,6 @@
 """The docs reflect the table of methods, the commands are the ones CI runs, and the package imports nothing heavy."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def test_a_method_is_in_every_table(method):
     (row,) = [line for line in README.splitlines() if f"](docs/{method.name}.md)" in line and line.startswith("|")]
     assert method.paper in row and method.grade in row
     page = (ROOT / "docs" / f"{method.name}.md").read_text()
-    assert method.paper in page and method.grade.split()[0] in page.lower()
+    assert method.paper in page and re.search(rf"[Gg]rade: \*+{method.grade}\b", " ".join(page.split()))
     assert method.grade in GRADES
 
 
@@ -33,6 +34,13 @@ def test_a_method_is_exported_and_names_itself(method):
     assert trainer is getattr(module, method.trainer) and config is getattr(module, method.config) and callable(loss)
     assert trainer._paper["id"] == method.paper and method.name in trainer._tag_names
     assert {method.trainer, method.config, method.loss} <= set(trl_trust.__all__) & set(dir(trl_trust))
+
+
+def test_type_checkers_see_what_is_exported():
+    tree = ast.parse(Path(trl_trust.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {alias.name for node in block.body for alias in node.names}
+    assert seen == {name for name in trl_trust.__all__ if not name.startswith("__")} - {"METHODS"}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -43,19 +43,18 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
     wants_help = not {"-h", "--help"}.isdisjoint(rest)
 
     if command in ("-h", "--help"):
-        print(top_help())
+        show(top_help)
     elif command == "--version":
         print(import_module("trl_trust").__version__)
     elif command == "quickstart":
         return import_module("trl_trust.quickstart.run").main(rest)
     elif command in SHOW:
-        try:
-            SHOW[command]()
-            sys.stdout.flush()
-        except BrokenPipeError:  # `trl-trust methods | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with one_line_errors():
+            if rest and not wants_help:
+                raise ValueError(f"unexpected {rest[0]!r} after {command!r}, which takes nothing")
+        show(SHOW[command])
     elif command in methods and wants_help:
-        print(method_help(command))
+        show(partial(method_help, command))
     elif command in methods or command in TRL_SCRIPTS or command in OWN_SCRIPTS:
         # a process that a launcher started does not launch again
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
@@ -64,6 +63,17 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
             known = [*methods, *TRL_SCRIPTS, *OWN_SCRIPTS, *SHOW, "quickstart"]
             raise ValueError(f"unknown command {command!r}; {near(command, known)}")
     return 0
+
+
+def show(page: Callable[[], str | None]) -> None:
+    """Print what `page` returns, unless it prints by itself."""
+    try:
+        text = page()
+        if text is not None:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `trl-trust methods | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -287,6 +297,8 @@ def method_help(name: str) -> str:
         f"{method.title}'s own fields": stated_fields(method.module, method.config),
         "Data and reward": stated_fields("trl_trust.script", "TrustScriptArguments"),
     }
+    if method.script:  # its own script, whose arguments stand beside the others in the same file
+        sections = {"Rounds": stated_fields(method.script, f"{method.title}ScriptArguments")} | sections
     lines = [
         f"{method.title} (arXiv {method.paper}): {method.summary}",
         f"Provenance: {method.grade}, i.e. {GRADES[method.grade]}",
@@ -299,8 +311,10 @@ def method_help(name: str) -> str:
             lines.append(f"  --{field} ({default})")
             lines.append(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     own = [recipe for recipe in recipes() if recipe.startswith(f"{name}/")]
+    unread = ", ".join(unread_fields(method.module, method.config))
     lines += [
         "",
+        *([fill(f"Not read, and so refused when set: {unread}", 110, subsequent_indent="  "), ""] if unread else []),
         f"Recipes: {', '.join(own) or 'none'}",
         "All fields of the TRL config that it extends, of ModelConfig and ScriptArguments, and all options of",
         "`accelerate launch` are taken too, here and in a recipe.",
@@ -320,6 +334,25 @@ def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
             text = ast.literal_eval(given["metadata"])["help"]
             found.append((node.target.id, ast.unparse(given.get("default", given.get("default_factory"))), text))
+    return found
+
+
+def unread_fields(module: str, config: str) -> list[str]:
+    """Names in the `unread_fields` that a config class itself states, read from its source like [`stated_fields`]."""
+    tree = ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
+    tables = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        for target in node.targets
+    }
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
+    found = []
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "unread_fields":
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                table = tables.get(ast.unparse(value)) if key is None else None  # `**TABLE` of the same module
+                found += [key.value] if key is not None else [k.value for k in table.keys] if table else []
     return found
 
 

@@ -1,7 +1,8 @@
 """The one table of methods. The command line, the docs, the tests and the benchmarks all read it.
 
-A new method is one row here and one module; nothing else has to be told about it. This module imports neither torch
-nor TRL, so that `import trl_trust` and `trl-trust methods` stay instant.
+A new method is a row here, a module, and what the tests over this table then ask for: an import for type checkers, a
+row in the README, a page, two recipes. This module imports neither torch nor TRL, so that `import trl_trust` and
+`trl-trust methods` stay instant.
 """
 
 from dataclasses import dataclass

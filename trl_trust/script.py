@@ -22,6 +22,8 @@ FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 
 # what `GRPOTrainer` passes to a reward function by itself; everything else is a column of the data set
 TRAINER_PROVIDES = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# and what TRPA and VPD pass to functions that read the rewards
+READERS = {"level_fn": (*TRAINER_PROVIDES[:3], "rewards"), "feedback_func": (*TRAINER_PROVIDES[:3], "rewards")}
 
 
 @dataclass
@@ -205,14 +207,16 @@ def column_names(data) -> list[str]:
     return data.column_names or list(next(iter(data)))
 
 
-def check_reward_columns(rewards: list[Callable | str], columns: list[str]) -> None:
+def check_reward_columns(
+    rewards: Iterable[Callable | str], columns: list[str], provided: tuple[str, ...] = TRAINER_PROVIDES
+) -> None:
     """Raise `ValueError` for a reward function with a parameter that neither the trainer nor the data set provides."""
     for reward in filter(callable, rewards):
         missing = [
             f"`{name}`"
             for name, parameter in inspect.signature(reward).parameters.items()
             if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-            if name not in columns and name not in TRAINER_PROVIDES
+            if name not in columns and name not in provided
         ]
         if reward is math_accuracy_reward and not {"solution", "answer"} & set(columns):
             missing = ["`solution` or `answer`"]
@@ -248,6 +252,8 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
     train = prepare_split(splits, script_args.dataset_train_split, script_args)
     check_reward_columns(rewards, column_names(train))
     evaluates = training_args.eval_strategy != "no"
+    find_model(model, model_args.model_revision, training_args.trust_remote_code)
+    training_args.resume_from_checkpoint = find_checkpoint(training_args)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -255,7 +261,7 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return getattr(import_module(method.module), method.trainer)(
+    trainer = getattr(import_module(method.module), method.trainer)(
         model=model,
         reward_funcs=rewards,
         args=training_args,
@@ -264,6 +270,47 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+    for name, provided in READERS.items():
+        check_reward_columns([getattr(trainer, name, None)], column_names(train), provided)
+    trainer.get_optimizer_cls_and_kwargs(training_args, trainer.model)  # raises for a wrong `optim_args`
+    return trainer
+
+
+def find_model(model: str, revision: str, trust_remote_code: bool) -> None:
+    """Raise `ValueError` unless the config of `model` can be had: the error of loading names no field."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={model!r} is no directory with a model, and cannot be had from the Hub: {error}"
+        ) from error
+
+
+def find_checkpoint(args) -> str | None:
+    """What `resume_from_checkpoint` names: a folder, or with `true` the last checkpoint in `output_dir`.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    name = args.resume_from_checkpoint
+    if name is None or str(name).lower() == "false":
+        return None
+    if str(name).lower() == "true":
+        found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint={name!r}: there is no checkpoint in output_dir={args.output_dir!r}"
+            )
+        return found
+    if not os.path.isdir(name):
+        raise ValueError(
+            f"resume_from_checkpoint={name!r}: no such folder; or `true`, for the last one in `output_dir`"
+        )
+    return name
 
 
 def run(trainer, dataset_name: str | None = None) -> None:

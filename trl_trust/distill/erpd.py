@@ -297,7 +297,12 @@ class ERPDConfig(GKDConfig):
     lmbda: float = field(default=0.0, metadata={"help": "Not read: the rollouts are frozen. Leave it at 0."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature at which the rollouts were sampled."})
     beta: float = field(default=0.0, metadata={"help": "Stage 2: coefficient of KL(student || base), >= 0."})
-    stage: str | None = field(default=None, metadata={"help": "Required: which stage is trained, teacher or student."})
+    stage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which stage this trainer trains, teacher or student; `trl-trust erpd` trains both and sets it."
+        },
+    )
     teacher_loss: str = field(
         default="mse", metadata={"help": "Stage 1: mse or ce on the response's log-ratio, or sapo on each token."}
     )

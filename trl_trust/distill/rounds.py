@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from accelerate.utils import is_peft_model, release_memory
 from huggingface_hub import HfApi
@@ -123,6 +124,11 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         ValueError: for bad settings; what is returned raises it for a stage that was begun with other ones.
     """
     words = list(argv)
+    recipe = Path(words[words.index("--config") + 1]).read_text() if "--config" in words else ""
+    if "stage" in (yaml.safe_load(recipe) or {}) or any(word.split("=")[0] == "--stage" for word in words):
+        raise ValueError(
+            "stage: the rounds run both stages; leave it out (`teacher` and `student` hold what differs)."
+        )
 
     def parse(stage: str, **settings) -> tuple:
         return make_parser().parse([*words, "--stage", stage, *_as_words(settings)], launcher_options())

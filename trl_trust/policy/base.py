@@ -262,6 +262,10 @@ class TrustGRPOConfig(GRPOConfig):
             differs from TRL's default, or a batch that cannot hold whole groups where the method needs them.
     """
 
+    loss_type: str = field(
+        default="dapo", metadata={"help": "Aggregation of the per-token loss: grpo, bnpo, dr_grpo or dapo."}
+    )
+
     # field -> what to do instead; subclasses extend it
     unread_fields: ClassVar[dict[str, str]] = {
         "sapo_temperature_neg": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
@@ -304,6 +308,7 @@ class TrustGRPOConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r}: in {type(self).__name__}, `loss_type` is the aggregation only, one of "
                 f"{', '.join(AGGREGATIONS)}; for another policy term {mend}."
             )
+        self._require(self.num_iterations >= 1, "num_iterations", "must be at least 1: updates a generation batch")
         if self.importance_sampling_level not in ("token", "sequence"):
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} must be 'token' or 'sequence'."
@@ -390,7 +395,7 @@ class TrustGRPOTrainer(GRPOTrainer):
     - `trust/kl`: KL(old || new) by the k3 estimator; `trust/tv`: mean of |new - old| over the sampled tokens'
       probabilities;
     - `trust/zero_grad`: fraction of tokens whose policy gradient is exactly zero; `trust/cut`: the part of it that has
-      a non-zero advantage, i.e. what the trust region cut.
+      a non-zero advantage, i.e. what the trust region cut (without any policy gradient it is not logged).
 
     Raises:
         ValueError: for settings the method cannot honour (see [`TrustGRPOConfig`]).
@@ -813,6 +818,7 @@ def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> d
         weight = ratio * batch.mask
         ess = weight.sum().square() / (weight.square().sum() * batch.mask.sum())  # NaN without live tokens
         zero = torch.ones_like(ratio) if gradient is None else (gradient == 0).float()
+        cut = torch.full_like(ratio, torch.nan) if gradient is None else zero * (batch.advantages != 0)
         return {
             "trust/ratio/min": ratio,
             "trust/ratio/p01": p01,
@@ -823,7 +829,7 @@ def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> d
             "trust/kl": ratio - 1 - log_ratio,
             "trust/tv": (logps.exp() - anchor_logps.exp()).abs(),
             "trust/zero_grad": zero,
-            "trust/cut": zero * (batch.advantages != 0),
+            "trust/cut": cut,
         }
 
 
