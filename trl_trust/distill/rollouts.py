@@ -126,6 +126,11 @@ class RolloutsConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be in (0, 1].")
         self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
 
+    def check_size(self, dataset: Dataset) -> None:
+        """Raise `ValueError` unless `dataset` has `num_prompts` rows."""
+        if len(dataset) < self.num_prompts:
+            raise ValueError(f"num_prompts={self.num_prompts} is more than the {len(dataset)} rows of the data set.")
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of given tokens
@@ -262,8 +267,7 @@ def write_rollouts(
         raise ValueError(
             f"reward_weights={weights!r} must have one number for each of {len(rewards)} reward functions."
         )
-    if len(dataset) < config.num_prompts:
-        raise ValueError(f"num_prompts={config.num_prompts} is more than the {len(dataset)} rows of the data set.")
+    config.check_size(dataset)
     prompts = dataset.shuffle(seed=config.seed).select(range(config.num_prompts))
     model_id = model if isinstance(model, str) else get_config_model_id(model.config)
     # What the content depends on; the batch size of the log-probabilities, say, is not part of it.
@@ -715,7 +719,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     from ..cli import launcher_options
 
     script_args, config, model_args, dataset_args = make_parser().parse(list(argv), launcher_options())
-    check_sources(script_args, config, model_args)
+    load_sources(script_args, config, model_args, dataset_args)  # a slip in them is found before anything is made
 
     def run() -> int:
         folder = rollouts_from_arguments(script_args, config, model_args, dataset_args)
@@ -725,9 +729,14 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     return run
 
 
-def check_sources(script_args, config: RolloutsConfig, model_args) -> list[Callable]:
-    """The reward functions that the arguments of a script name; `ValueError` if one, or the model, is missing."""
+def load_sources(script_args, config: RolloutsConfig, model_args, dataset_args) -> tuple[Dataset, list[Callable]]:
+    """The data set, with a `prompt` column, and the reward functions that the arguments of a script name.
+
+    Raises:
+        ValueError: if one of them, or the model, is missing, or they do not fit each other.
+    """
     from ..rewards import load_reward_func
+    from ..script import check_reward_columns, column_names, load_data, prepare_split
 
     if model_args.model_name_or_path is None:
         raise ValueError("no model: set `model_name_or_path` (on the Hub, or a directory)")
@@ -738,7 +747,11 @@ def check_sources(script_args, config: RolloutsConfig, model_args) -> list[Calla
         )
     if not script_args.reward_funcs:
         raise ValueError("no reward: set `reward_funcs`, for instance to math_accuracy_reward")
-    return [load_reward_func(name, config.max_completion_length) for name in script_args.reward_funcs]
+    rewards = [load_reward_func(name, config.max_completion_length) for name in script_args.reward_funcs]
+    data = prepare_split(load_data(script_args, dataset_args), script_args.dataset_train_split, script_args)
+    check_reward_columns(rewards, column_names(data))
+    config.check_size(data)
+    return data, rewards
 
 
 def rollouts_from_arguments(script_args, config: RolloutsConfig, model_args, dataset_args) -> Path:
@@ -747,11 +760,7 @@ def rollouts_from_arguments(script_args, config: RolloutsConfig, model_args, dat
     Raises:
         ValueError: for arguments that do not fit each other, the data or the rewards.
     """
-    from ..script import check_reward_columns, column_names, load_data, prepare_split
-
-    rewards = check_sources(script_args, config, model_args)
-    data = prepare_split(load_data(script_args, dataset_args), script_args.dataset_train_split, script_args)
-    check_reward_columns(rewards, column_names(data))
+    data, rewards = load_sources(script_args, config, model_args, dataset_args)
     return write_rollouts(
         model_args.model_name_or_path, data, rewards, config, model_init_kwargs=model_init_kwargs(model_args)
     )

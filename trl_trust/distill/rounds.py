@@ -28,9 +28,9 @@ from .common import as_mapping
 from .erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
 from .rollouts import (
     RolloutsConfig,
-    check_sources,
     claim,
     load_rollouts,
+    load_sources,
     model_init_kwargs,
     rollouts_from_arguments,
     score_rollouts,
@@ -150,7 +150,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         except TypeError as error:
             raise ValueError(f"rollouts={script_args.rollouts!r}: {error}") from error
 
-    check_sources(script_args, rollouts_of(1), model_args)
+    load_sources(script_args, rollouts_of(1), model_args, dataset_args)
     if get_quantization_config(model_args) is not None:
         raise ValueError("load_in_8bit, load_in_4bit: every stage leaves a whole model for the next; leave them out.")
     configs = {stage: config_of(stage, output) for stage in ("teacher", "student")}
