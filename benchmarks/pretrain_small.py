@@ -10,7 +10,7 @@ A cell is (method, learning rate, seed); its result is appended to the JSON file
 are there are not run again. The model is a Llama of about 1.1M parameters, the text comes from the generator below,
 and every method sees the same batches in the same order. The best learning rate of a method is that with the lowest
 mean validation loss over seeds; a best one at the edge of its sweep is marked, because the sweep then proves little.
-The committed results have the whole sweep for seed 0, and for seeds 1 and 2 the best rate of seed 0 and its neighbours.
+The committed results have the whole sweep for seed 0; for seeds 1 and 2 the best rate of seed 0 and its neighbours.
 """
 
 import argparse
