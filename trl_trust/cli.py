@@ -326,10 +326,8 @@ def method_help(name: str) -> str:
 def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
     """(name, default, help) of the fields that a config class itself states, read from its source: importing it
     would take seconds. It has to state them as `name: type = field(default=..., metadata={"help": ...})`."""
-    tree = ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
     found = []
-    for node in body:
+    for node in class_body(source_of(module), config):
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
             text = ast.literal_eval(given["metadata"])["help"]
@@ -339,21 +337,30 @@ def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
 
 def unread_fields(module: str, config: str) -> list[str]:
     """Names in the `unread_fields` that a config class itself states, read from its source like [`stated_fields`]."""
-    tree = ast.parse(Path(find_spec(module).origin).read_text("utf-8"))
-    tables = {
-        target.id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        for target in node.targets
-    }
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
-    found = []
-    for node in body:
+    source, found = source_of(module), []
+    tables = {ast.unparse(node.targets[0]): node.value for node in source if isinstance(node, ast.Assign)}
+
+    def collect(table: ast.Dict) -> None:
+        for key, value in zip(table.keys, table.values, strict=True):
+            if key is not None:
+                found.append(key.value)
+            elif ast.unparse(value) in tables:  # `**TABLE` of the same module; the base class's is left out
+                collect(tables[ast.unparse(value)])
+
+    for node in class_body(source, config):
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "unread_fields":
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                table = tables.get(ast.unparse(value)) if key is None else None  # `**TABLE` of the same module
-                found += [key.value] if key is not None else [k.value for k in table.keys] if table else []
+            collect(node.value)
     return found
+
+
+def source_of(module: str) -> list[ast.stmt]:
+    """The statements of a module, which is not imported."""
+    return ast.parse(Path(find_spec(module).origin).read_text("utf-8")).body
+
+
+def class_body(source: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """The statements of a class among those of its module."""
+    return next(node.body for node in source if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def show_methods() -> None:

@@ -22,8 +22,8 @@ FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 
 # what `GRPOTrainer` passes to a reward function by itself; everything else is a column of the data set
 TRAINER_PROVIDES = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-# and what TRPA and VPD pass to functions that read the rewards
-READERS = {"level_fn": (*TRAINER_PROVIDES[:3], "rewards"), "feedback_func": (*TRAINER_PROVIDES[:3], "rewards")}
+# and what TRPA and VPD pass to their functions, which read the rewards
+READER_PROVIDES = ("prompts", "completions", "completion_ids", "rewards")
 
 
 @dataclass
@@ -270,8 +270,8 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    for name, provided in READERS.items():
-        check_reward_columns([getattr(trainer, name, None)], column_names(train), provided)
+    readers = [getattr(trainer, name, None) for name in ("level_fn", "feedback_func")]
+    check_reward_columns(readers, column_names(train), READER_PROVIDES)
     trainer.get_optimizer_cls_and_kwargs(training_args, trainer.model)  # raises for a wrong `optim_args`
     return trainer
 

@@ -719,10 +719,11 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     from ..cli import launcher_options
 
     script_args, config, model_args, dataset_args = make_parser().parse(list(argv), launcher_options())
-    load_sources(script_args, config, model_args, dataset_args)  # a slip in them is found before anything is made
+    data, rewards = load_sources(script_args, config, model_args, dataset_args)
 
     def run() -> int:
-        folder = rollouts_from_arguments(script_args, config, model_args, dataset_args)
+        model = model_args.model_name_or_path
+        folder = write_rollouts(model, data, rewards, config, model_init_kwargs=model_init_kwargs(model_args))
         PartialState().print(f"Rollouts in {folder}")
         return 0
 
@@ -752,18 +753,6 @@ def load_sources(script_args, config: RolloutsConfig, model_args, dataset_args) 
     check_reward_columns(rewards, column_names(data))
     config.check_size(data)
     return data, rewards
-
-
-def rollouts_from_arguments(script_args, config: RolloutsConfig, model_args, dataset_args) -> Path:
-    """[`write_rollouts`] with model, data and rewards as the arguments of a script name them.
-
-    Raises:
-        ValueError: for arguments that do not fit each other, the data or the rewards.
-    """
-    data, rewards = load_sources(script_args, config, model_args, dataset_args)
-    return write_rollouts(
-        model_args.model_name_or_path, data, rewards, config, model_init_kwargs=model_init_kwargs(model_args)
-    )
 
 
 def model_init_kwargs(model_args) -> dict[str, Any]:

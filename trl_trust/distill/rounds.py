@@ -11,7 +11,7 @@ settings other than those a stage was begun with. Every stage leaves a whole mod
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from .rollouts import (
     load_rollouts,
     load_sources,
     model_init_kwargs,
-    rollouts_from_arguments,
     score_rollouts,
+    write_rollouts,
 )
 
 
@@ -150,7 +150,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         except TypeError as error:
             raise ValueError(f"rollouts={script_args.rollouts!r}: {error}") from error
 
-    load_sources(script_args, rollouts_of(1), model_args, dataset_args)
+    data, rewards = load_sources(script_args, rollouts_of(1), model_args, dataset_args)
     if get_quantization_config(model_args) is not None:
         raise ValueError("load_in_8bit, load_in_4bit: every stage leaves a whole model for the next; leave them out.")
     configs = {stage: config_of(stage, output) for stage in ("teacher", "student")}
@@ -173,8 +173,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         """One round from `policy`; returns the folder of its student."""
         say, folder = PartialState().print, output / f"round-{number}"
         say(f"Round {number} of {script_args.rounds}: rollouts of {policy}")
-        here = replace(model_args, model_name_or_path=policy)
-        rollouts = rollouts_from_arguments(script_args, rollouts_of(number), here, dataset_args)
+        load = model_init_kwargs(model_args)
+        rollouts = write_rollouts(policy, data, rewards, rollouts_of(number), model_init_kwargs=load)
 
         models = {name: script_args.policies[name] for name in reads if name in script_args.policies}
         for name in ("teacher", "unlearned"):
@@ -183,9 +183,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
                 config = config_of("teacher", folder / name, unlearn=name == "unlearned", push_to_hub=False)
                 models[name] = train_stage(ERPDTeacherTrainer, policy, rollouts, config, model_args)
         for name, model in models.items():
-            score_rollouts(
-                rollouts, name, model, use_cpu=args.use_cpu, model_init_kwargs=model_init_kwargs(model_args)
-            )
+            score_rollouts(rollouts, name, model, use_cpu=args.use_cpu, model_init_kwargs=load)
         say(f"Round {number}: student")
         push = args.push_to_hub and number == script_args.rounds
         config = config_of("student", folder / "student", push_to_hub=push)

@@ -11,6 +11,7 @@ Provenance: **exact** for Binary-TV and Binary-KL, from the authors' code (`sail
 other codebases (SkyRL, prime-rl).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -77,9 +78,10 @@ def dppo_loss(
 
     log_ratio = batch.logps - mu_logps
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
-    capped = torch.zeros_like(drop) if ratio_cap is None else ratio.detach() > ratio_cap
+    cap = math.inf if ratio_cap is None else ratio_cap
+    capped = ratio.detach() > cap
     if surrogate == "logp":
-        weight = ratio.detach() if ratio_cap is None else ratio.detach().clamp(max=ratio_cap)
+        weight = ratio.detach().clamp(max=cap)
         per_token_loss = -keep * advantages * weight * batch.logps
     else:
         per_token_loss = -keep * advantages * ratio
