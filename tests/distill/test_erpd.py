@@ -15,8 +15,9 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch
+from tiny import ZeRO3, leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.integrations import deepspeed
 from trl.experimental.gkd import GKDTrainer
 
 from trl_trust import cli
@@ -654,6 +655,25 @@ def test_base_of_an_adapter_is_the_model_without_it(frozen, tiny_model_path, tmp
     assert logged(trainer, "erpd/kl_base")[-1] > 0
 
 
+def test_only_the_backward_reaches_what_the_model_returns(frozen, tiny_model_path, tmp_path):
+    """DeepSpeed starts its backward where a gradient arrives there: telemetry's must not, which looks at each step."""
+    for trainer_class in (ERPDTeacherTrainer, ERPDTrainer):
+        args = settings(tmp_path, trainer_class.stage, max_steps=2, gradient_accumulation_steps=2)
+        trainer, arrived = build(trainer_class, tiny_model_path, args, frozen[0]), []
+        inner = trainer.model.forward
+
+        def hooked(*args, _inner=inner, _arrived=arrived, **kwargs):
+            output = _inner(*args, **kwargs)
+            for name, x in output.items():
+                if torch.is_tensor(x) and x.requires_grad:
+                    x.register_hook(lambda grad, name=name: _arrived.append(name))
+            return output
+
+        trainer.model.forward = hooked
+        trainer.train()
+        assert arrived == ["log_probs"] * 4
+
+
 def test_logits_are_never_held(frozen, tiny_model_path, tmp_path):
     def refuse(*args):
         raise AssertionError("the LM head was called as a module")
@@ -810,7 +830,8 @@ def test_a_broken_student_raises_at_the_anchor(frozen, tiny_model_path, tmp_path
 
 def layout_run(stage, model_path, folder, data_path, processes, accumulation):
     """Parameters after three SGD steps of 16 responses: sums, counts and scales must not depend on the layout."""
-    trainer_class = {"teacher": ERPDTeacherTrainer, "student": ERPDTrainer}[stage.split("-")[0]]
+    stage, teacher_loss, *twin = [*stage.split("-"), "mse"][:3]
+    trainer_class = {"teacher": ERPDTeacherTrainer, "student": ERPDTrainer}[stage]
     args = settings(
         folder,
         trainer_class.stage,
@@ -821,14 +842,15 @@ def layout_run(stage, model_path, folder, data_path, processes, accumulation):
         steps_per_anchor=2,
         per_device_train_batch_size=16 // processes // accumulation,
         gradient_accumulation_steps=accumulation,
-        **({"teacher_loss": stage.split("-")[1]} if "-" in stage else {}),
+        teacher_loss=teacher_loss,
+        unlearn=twin == ["twin"],
     )
     data = load_rollouts(data_path)
     g = np.random.default_rng(0)
     for name in ("teacher", "unlearned"):  # any other policies
         logps = [np.asarray(x) + g.normal(size=len(x)) for x in data["base_logps"]]
         data = data.add_column(f"{name}_logps", logps)
-    if stage == "teacher-sapo":  # the trainer reads it itself, an n-th of the rows on each process
+    if teacher_loss == "sapo":  # the trainer reads it itself, an n-th of the rows on each process
         data = data.remove_columns("base_logps")
     trainer = train(trainer_class, model_path, args, data)
     parameters = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
@@ -1036,6 +1058,42 @@ def test_further_teachers_by_name(two_rounds, tiny_model_path, tmp_path):
         rounds.main(recipe(tmp_path, tiny_model_path, rounds=1, signal=signal, policies=None))
 
 
+@pytest.mark.parametrize(
+    ("zero", "env", "overrides", "message"),
+    [
+        ({"stage3_gather_16bit_weights_on_model_save": True}, {}, {"use_peft": True}, "use_peft=True under ZeRO-3"),
+        ({}, {}, {}, "zero3_save_16bit_model=False"),
+        (None, {"ACCELERATE_USE_FSDP": "true"}, {"use_peft": True}, "use_peft=True under FSDP.*use ZeRO-2"),
+        (
+            None,
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+            {},
+            "fsdp_state_dict_type=SHARDED_STATE_DICT: .* set it to FULL_STATE_DICT",
+        ),
+        ({"stage3_gather_16bit_weights_on_model_save": True}, {}, {}, None),
+        (None, {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, None),
+    ],
+)
+def test_models_that_no_stage_could_leave_whole_are_refused(
+    zero, env, overrides, message, tiny_model_path, tmp_path, monkeypatch
+):
+    sharding = None if zero is None else ZeRO3(**zero)
+    try:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        if sharding is not None:
+            deepspeed.set_hf_deepspeed_config(sharding)
+        words = recipe(tmp_path, tiny_model_path, **overrides)
+        if message is None:
+            rounds.prepare(words)
+            return
+        with pytest.raises(ValueError, match=message) as error:
+            rounds.prepare(words)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
 RECIPES = [name for name in cli.recipes() if name.startswith("erpd/")]
 
 
@@ -1119,7 +1177,7 @@ def test_bad_recipes_raise_before_training(overrides, message, two_rounds, tiny_
 if __name__ == "__main__":  # under torchrun, for the fixture `two_processes`
     torch.set_num_threads(1)
     out, model_path = Path(sys.argv[1]), sys.argv[2]
-    for name in LAYOUTS:
+    for name in sys.argv[3:] or LAYOUTS:
         result = layout_run(name, model_path, out / name, out / "rollouts", processes=2, accumulation=2)
         torch.save(result, out / f"{name}-{os.environ['RANK']}.pt")
     leave()

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from tiny import digits_reward, save_tiny_model
+from tiny import ZeRO3, digits_reward, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations import deepspeed
 
 from trl_trust.distill import rollouts
 from trl_trust.distill.rollouts import (
@@ -102,6 +103,32 @@ def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
     command += [str(tmp_path / "run.py"), tiny_model_path, str(tmp_path / "out")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=240)
     assert contents(tmp_path / "out") == contents(written)
+
+
+def test_models_are_whole_though_a_launcher_shards_those_of_trainers(written, tiny_model_path, tmp_path, monkeypatch):
+    """transformers shards what is loaded by two globals; they hold again afterwards, whatever happened."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    sharding = ZeRO3()
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.append((deepspeed.is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
+        return digits_reward(completions)
+
+    reward.__name__ = "digits_reward"
+
+    def broken(completions, **kwargs):
+        raise RuntimeError("no reward")
+
+    try:
+        deepspeed.set_hf_deepspeed_config(sharding)
+        assert contents(write(tiny_model_path, tmp_path / "one", reward)) == contents(written)
+        with pytest.raises(RuntimeError, match="no reward"):
+            write(tiny_model_path, tmp_path / "two", broken)
+        assert deepspeed.is_deepspeed_zero3_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert seen == [(False, None)] * 3
 
 
 def test_the_seed_decides(written, tiny_model_path, tmp_path):

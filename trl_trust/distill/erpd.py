@@ -43,6 +43,7 @@ from ..policy.base import (
     PolicyBatch,
     PolicyLoss,
     TrustGRPOTrainer,
+    apart,
     clipped_surrogate,
     is_number,
     paper,
@@ -619,11 +620,8 @@ class FrozenRolloutsTrainer(GKDTrainer):
                 self.anchor([inputs])
                 self._share_statistics([inputs])
         outputs = self.forward(model, inputs)
-        logps = outputs.log_probs.float()
-        if not torch.is_grad_enabled():
-            logps = logps.detach().requires_grad_()  # a leaf, so that telemetry sees the policy gradient in eval too
         batch = PolicyBatch(
-            logps=logps,
+            logps=apart(outputs.log_probs.float()),
             old_logps=inputs.get("old_logps", inputs["logps/base"]),
             mask=(inputs["labels"][:, 1:] != -100).float(),
             advantages=inputs["advantages"],

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_callable_name, get_config_model_id
 
 from .common import as_mapping, check_token_ids, finished, load_tokenizer
@@ -361,6 +362,23 @@ def score_rollouts(
     _write_parts(Path(folder), name, len(files), build)
 
 
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within it each process loads whole models and runs them alone, though a launcher shards those of trainers.
+
+    transformers 5.23 reads two globals: with the one it shards every model under ZeRO-3, with the other it leaves, for
+    FSDP, the weights of all processes but the first empty.
+    """
+    sharding, ram = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
+        if ram is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = ram
+
+
 def load_policy(model: str | PreTrainedModel, use_cpu: bool, model_init_kwargs: Mapping[str, Any] | None = None):
     """`model`, loaded if it is an id or a folder, on this process's device."""
     device, options = torch.device("cpu") if use_cpu else PartialState().device, model_init_kwargs or {}
@@ -439,7 +457,8 @@ def _write_parts(folder: Path, name: str, count: int, build: Callable[[], Callab
     files = [folder / f"{name}-{part:05d}.parquet" for part in range(count)]
     missing = [part for part in range(state.process_index, count, state.num_processes) if not files[part].exists()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not state.is_main_process) as progress:
+    bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not state.is_main_process)
+    with whole_models(), bars as progress:
         done = lambda: sum(file.exists() for file in files)  # of all processes
         bar = progress.add_task(f"{folder.name}/{name}", total=count, completed=done(), note="")
         make = build() if missing else None

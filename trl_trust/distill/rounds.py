@@ -10,6 +10,7 @@ settings other than those a stage was begun with. Every stage leaves a whole mod
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from accelerate.utils import is_peft_model, release_memory
+from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model, release_memory, str_to_bool
 from huggingface_hub import HfApi
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from torch.distributed.fsdp import StateDictType
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from ..cli import launcher_options
@@ -168,6 +170,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
                 )
     reads = configs["student"].policies
     _check_policies(script_args.policies, configs["student"])
+    _check_sharding(configs["student"], adapters=model_args.use_peft)
 
     def play(number: int, policy: str) -> str:
         """One round from `policy`; returns the folder of its student."""
@@ -218,10 +221,6 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
         train_dataset=load_rollouts(rollouts),
         peft_config=get_peft_config(model_args),
     )
-    if is_peft_model(trainer.model) and (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
-        raise ValueError(
-            "use_peft=True: the rounds merge adapters, which needs a whole model on a process; use ZeRO-2."
-        )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if is_peft_model(trainer.model):
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -283,6 +282,28 @@ def _check_policies(given: Mapping[str, Any], config: ERPDConfig) -> None:
             )
         if not isinstance(model, str):
             raise ValueError(f"policies={{{name!r}: {model!r}}} must name a model, by an id or a folder.")
+
+
+def _check_sharding(config: ERPDConfig, adapters: bool) -> None:
+    """`ValueError` where the launcher spreads a model over processes so that a stage could leave no whole one."""
+    zero3 = is_deepspeed_zero3_enabled()
+    fsdp = bool(config.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
+    if adapters and (zero3 or fsdp):
+        raise ValueError(
+            f"use_peft=True under {'ZeRO-3' if zero3 else 'FSDP'}: the rounds merge adapters, for which a process "
+            f"needs the whole model; use ZeRO-2 (`accelerate_config: zero2`) or leave `use_peft` out."
+        )
+    if zero3 and not deepspeed_config()["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "zero3_save_16bit_model=False: every stage leaves a whole model for the next; set it to True."
+        )
+    if fsdp:
+        kind = FullyShardedDataParallelPlugin(**(config.fsdp_plugin_args or {})).state_dict_type
+        if kind != StateDictType.FULL_STATE_DICT:
+            raise ValueError(
+                f"fsdp_state_dict_type={kind.name}: every stage leaves a whole model for the next; set it to "
+                f"FULL_STATE_DICT."
+            )
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -523,9 +523,7 @@ class TrustGRPOTrainer(GRPOTrainer):
         if return_outputs:
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
         logps, entropies, aux_loss = self.score_completions(model, inputs)
-        if not torch.is_grad_enabled():
-            logps = logps.detach().requires_grad_()  # a leaf, so that telemetry sees the policy gradient in eval too
-        batch = self._policy_batch(inputs, logps, entropies)
+        batch = self._policy_batch(inputs, apart(logps), entropies)
         anchor_logps = batch.sampler_logps if self.args.anchors_on_sampler else batch.old_logps
         with torch.enable_grad():
             policy = self.policy_loss(batch)
@@ -798,6 +796,15 @@ def _shuffle_groups(rollouts: dict[str, Any], group_size: int) -> dict[str, Any]
         return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
 
     return {name: permute(value) for name, value in rollouts.items()}
+
+
+def apart(logps: Tensor) -> Tensor:
+    """`logps` as a tensor of its own, at which the gradient of [`telemetry`] ends.
+
+    Never the tensor that the model returned: DeepSpeed 0.19 hooks the gradient of what its engine returns, and starts
+    its own backward where one arrives. Without a graph a leaf, so that the policy gradient is seen in evaluation too.
+    """
+    return logps.view_as(logps) if torch.is_grad_enabled() else logps.detach().requires_grad_()
 
 
 def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> dict[str, Tensor]:
