@@ -325,13 +325,19 @@ def method_help(name: str) -> str:
 
 def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
     """(name, default, help) of the fields that a config class itself states, read from its source: importing it
-    would take seconds. It has to state them as `name: type = field(default=..., metadata={"help": ...})`."""
+    would take seconds. It has to state them as `name: type = setting(default, "help")`, or with `field`."""
     found = []
     for node in class_body(source_of(module), config):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
+            continue
+        if ast.unparse(node.value.func) == "setting":
+            default, text = node.value.args
+            text = ast.literal_eval(text)
+        else:
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            default = given.get("default", given.get("default_factory"))
             text = ast.literal_eval(given["metadata"])["help"]
-            found.append((node.target.id, ast.unparse(given.get("default", given.get("default_factory"))), text))
+        found.append((node.target.id, ast.unparse(default), text))
     return found
 
 
@@ -348,8 +354,10 @@ def unread_fields(module: str, config: str) -> list[str]:
                 collect(tables[ast.unparse(value)])
 
     for node in class_body(source, config):
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "unread_fields":
-            collect(node.value)
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == "unread_fields":
+                collect(node.value)
     return found
 
 
