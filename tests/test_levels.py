@@ -2,6 +2,8 @@
 
 import math
 import sys
+import time
+from itertools import product
 
 import pytest
 import torch
@@ -174,3 +176,29 @@ def test_rules_by_name(tmp_path, monkeypatch):
 def test_unknown_rules_raise(name, message):
     with pytest.raises(ValueError, match=message):
         load_level_rule(name)
+
+
+# -- hostile text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "a " * 500_000, "Zoey is a knight, " * 50_000, "Zoey" + " " * 10**6])
+def test_puzzles_of_a_megabyte_take_no_time(text):
+    began = time.thread_time()
+    for answer, solution in ((text, SOLUTION), (RIGHT, text), (text, text)):
+        knights_and_knaves_levels([""], [f"<think></think><answer>{answer}</answer>"], [solution])
+    assert time.thread_time() - began < 0.5 * 3
+
+
+def test_many_names_take_no_time():
+    names = ["".join(letters) for letters in product("abcdefghijklmnop", repeat=4)][:50_000]
+    text = ", ".join(f"{name} is a knight" for name in names)
+    began = time.thread_time()
+    assert knights_and_knaves_levels([""], [f"<think></think><answer>{text}</answer>"], [text]) == [1]
+    assert time.thread_time() - began < 0.5
+
+
+def test_nothing_has_no_level():
+    assert knights_and_knaves_levels([None], [None], [None]) == [None]
+    assert knights_and_knaves_levels([None], [[{"role": "assistant", "content": None}]], [SOLUTION]) == [4]
+    assert knights_and_knaves_reward([None], [None], [None]) == [0.0]
+    assert math_levels([None], answer=["1"]) == [4]

@@ -1,6 +1,7 @@
 """The mathematical reward, and reward functions by name."""
 
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -112,3 +113,92 @@ def test_by_path_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["elsewhere"])
     assert load_reward_func("my_brevity.brevity", 64)(["ab"]) == [-2]
+
+
+# -- hostile text ----------------------------------------------------------------------------------------------------
+
+MEGABYTE = 10**6
+HOSTILE = {
+    "tower": r"\boxed{10^{10^{10}}}",
+    "tower without braces": "10^10^10",
+    "tower of powers": r"\boxed{((2^{9999})^{9999})^{9999}}",
+    "python's power": "The answer is 9**9**9",
+    "great exponent": r"\boxed{2^{99999999999}}",
+    "factorial in an exponent": r"\boxed{2^{999!}}",
+    "factorials": r"\boxed{(9!)!}",
+    "binomial": r"\boxed{\binom{1000000}{500000}}",
+    "product": r"\boxed{\prod_{n=1}^{9999} n^n}",
+    "expansion": r"\boxed{(a+b+c+d)^{99}}",
+    "integral": r"\boxed{\int_0^1 \frac{x^{99}\sin x}{(1+x)^{50}} dx}",
+    "braces": r"\boxed{" + "{" * MEGABYTE,
+    "closed braces": r"\boxed{" + "{" * (MEGABYTE // 2) + "}" * (MEGABYTE // 2) + "}",
+    "few braces": r"\boxed{" + "{" * 400 + "1" + "}" * 401,
+    "parentheses": "(" * 400 + "1" + ")" * 400,
+    "commands": r"Answer: " + r"\text{" * (MEGABYTE // 6),
+    "fractions": r"\boxed{" + r"\frac{1}{2}+" * (MEGABYTE // 12) + "1}",
+    "digits": "9" * MEGABYTE,
+    "list": "Answer: " + "1," * (MEGABYTE // 2),
+    "spaces": "answer" + " " * MEGABYTE,
+    "answers": "answer is " * (MEGABYTE // 10),
+    "dollars": "final answer is $" * (MEGABYTE // 17),
+    "brackets": "answer: " + r"\[" * (MEGABYTE // 2),
+    "letters": "a" * MEGABYTE,
+}
+
+
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_no_text_takes_long(text, where):
+    took, got = [], []
+
+    def run():
+        for completion, reference in ((text, "1"), (r"\boxed{1}", text)):
+            began = time.thread_time()  # another process of the machine costs none of it
+            got.extend(math_accuracy_reward([completion], solution=[reference]))
+            took.append(time.thread_time() - began)
+
+    math_accuracy_reward(["1"], solution=["1"])  # imports
+    if where == "main thread":
+        run()
+    else:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert len(got) == 2 and not any(got)
+    assert max(took) < 0.5
+
+
+def test_a_limit_ends_work_and_only_that_work():
+    def forever():
+        while True:
+            pass
+
+    began = time.thread_time()
+    assert rewards._within(0.05, forever, "ended") == "ended"
+    assert time.thread_time() - began < 0.3
+    for _ in range(200):  # a limit that rings as the work ends does not ring afterwards
+        assert rewards._within(1e-4, lambda: sum(range(3000)), "ended") in ("ended", 4498500)
+        sum(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        (r"\boxed{x^{20}y^{30}+x^{19}y^{40}}", r"x^{19}y^{40}+x^{20}y^{30}"),
+        (r"\boxed{e^{-x^2}}", r"e^{-x^{2}}"),
+        (r"\boxed{((1+2)^2+3)^2}", "144"),
+        (r"\boxed{10^{50}}", "1" + "0" * 50),
+        (r"\boxed{7!}", "5040"),
+        ("Let us see. " * 10_000 + "Hence the answer is 12.", "12"),
+        (r"\boxed{5} " + "and so on. " * 10_000, "5"),
+        (r"\boxed{[0, 1)}", "[0,1)"),
+        ("We did it (at last!)!! The answer is 5 (yay)!", "5"),
+    ],
+)
+def test_what_is_long_or_large_but_harmless_is_compared(answer, reference):
+    assert math_accuracy_reward([answer], solution=[reference]) == [1.0]
+
+
+@pytest.mark.parametrize("completion", [None, [], [{"role": "assistant", "content": None}]])
+def test_no_text_is_no_answer(completion):
+    assert math_accuracy_reward([completion], solution=["1"]) == [0.0]

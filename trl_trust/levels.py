@@ -14,12 +14,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rewards import math_accuracy_reward
+from .rewards import completion_text, last_box, math_accuracy_reward
 
 
 def load_level_rule(name: str) -> Callable[..., list[int | None]]:
@@ -69,7 +68,7 @@ def math_levels(
         completions: texts, or lists of messages whose last one holds the answer.
         solution, answer: the reference, as for [`~trl_trust.rewards.math_accuracy_reward`], which compares.
     """
-    answers = [_last_box(_text(c).partition("</think>")[2]) for c in completions]
+    answers = [last_box(completion_text(c).partition("</think>")[2]) for c in completions]
     right = math_accuracy_reward([f"\\boxed{{{a or ''}}}" for a in answers], solution=solution, answer=answer)
     return [
         4 if a is None else 3 if not a or r is None else 1 if r == 1.0 else 2
@@ -90,10 +89,10 @@ def knights_and_knaves_levels(
 
     Args:
         solution_text_format: column of the data set (`K-and-K/knights-and-knaves`, and the copies made from it) that
-            states the solution in such sentences.
+            states the solution in such sentences. A puzzle without a solution has no level.
     """
     return [
-        _puzzle_level("<think>" * _text(p).rstrip().endswith("<think>") + _text(c), truth)
+        _puzzle_level("<think>" * completion_text(p).rstrip().endswith("<think>") + completion_text(c), truth)
         for p, c, truth in zip(prompts, completions, solution_text_format, strict=True)
     ]
 
@@ -105,38 +104,24 @@ def knights_and_knaves_reward(
     return [float(x == 1) for x in knights_and_knaves_levels(prompts, completions, solution_text_format)]
 
 
-def _puzzle_level(text: str, solution: str) -> int:
+def _puzzle_level(text: str, solution: str | None) -> int | None:
+    if solution is None:
+        return None
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     places = [text.find(tag) for tag in tags]
     stated = text[places[2] + len("<answer>") : places[3]].strip()
     if any(text.count(tag) != 1 for tag in tags) or places != sorted(places) or not stated:
         return 4
-    truth = dict(re.findall(r"([A-Za-z]+) is a (knight|knave)", solution))
+    # a word is tried from its beginning only: from each letter, 100,000 letters would take minutes
+    truth = dict(re.findall(r"(?<![A-Za-z])([A-Za-z]+) is a (knight|knave)", solution))
     if len(re.findall("knight|knave", stated, re.IGNORECASE)) != len(truth):
         return 3
-    for name, role in truth.items():
-        truth[name] = (role, re.search(rf"\b{re.escape(name)}\s+is\s+a\s+(knight|knave)\b", stated, re.IGNORECASE))
-    if not all(match for _, match in truth.values()):
+    said = {}
+    for name, role in re.findall(r"\b([A-Za-z]+)\s+is\s+a\s+(knight|knave)\b", stated, re.IGNORECASE):
+        said.setdefault(name.lower(), role.lower())
+    if not all(name.lower() in said for name in truth):
         return 3
-    return 1 if all(match[1].lower() == role for role, match in truth.values()) else 2
-
-
-def _text(message: Any) -> str:
-    return message if isinstance(message, str) else message[-1]["content"]
-
-
-def _last_box(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, stripped; `None` without one, or if it does not end."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip()
-    return None
+    return 1 if all(said[name.lower()] == role for name, role in truth.items()) else 2
 
 
 # by the name that `level_rule` takes
