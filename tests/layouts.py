@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tiny import leave, tiny_config, tiny_trainer
 
-from trl_trust.methods import METHODS, get_method
+from trl_trust.methods import get_method, hosted
 from trl_trust.quickstart.model import build_model
 from trl_trust.quickstart.task import build_tokenizer
 
@@ -84,7 +84,7 @@ def run(
 if __name__ == "__main__":
     output_dir, model_path, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
-    for name in names or [m.name for m in METHODS if m.script is None]:
+    for name in names or [m.name for m in hosted("grpo")]:
         parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
         torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")
     leave()

@@ -16,6 +16,7 @@ from datasets import Dataset
 from trl_trust import cli, script
 from trl_trust.methods import METHODS, get_method
 from trl_trust.optimizers import OPTIMIZERS, get_optimizer
+from trl_trust.tools import Tool
 
 
 METHOD_NAMES = [method.name for method in METHODS]
@@ -226,7 +227,7 @@ def test_broken_data_file(recipe, tmp_path, capsys):
 
 
 def test_unknown_command(capsys):
-    assert "did you mean dispo" in error_of(capsys, "disspo")
+    assert "did you mean 'dispo'" in error_of(capsys, "disspo")
 
 
 def test_traceback_on_demand(recipe, monkeypatch):
@@ -292,7 +293,7 @@ def test_exit_status_of_a_failed_launch(recipe, monkeypatch, capsys):
 
 def test_under_a_launcher_it_trains_in_process(recipe, launched, monkeypatch):
     ran = []
-    monkeypatch.setattr(script.RecipeParser, "parse", lambda self, words, known: (Namespace(dataset_name="data"),))
+    monkeypatch.setattr(script.RecipeParser, "parse", lambda self, words: (Namespace(dataset_name="data"),))
     monkeypatch.setattr(script, "build_trainer", lambda method, *configs: method)
     monkeypatch.setattr(script, "run", lambda trainer, name: ran.append((trainer.name, name)))
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -467,5 +468,24 @@ def test_trl_scripts_know_our_optimizers_and_launch(name, tmp_path, launched):
     words = ["--output_dir", str(tmp_path), "--optim", "hybrid_auon"]
     assert cli.main([name, *words, "--num_processes", "2"]) == 0
     assert launched[0].training_script_args == [name, *words]
-    parser, _ = cli.trl_script(name)
+    parser, _ = cli.script_of(name)
     assert parser.parse([*words, "--use_cpu", "--bf16", "false"])[1].optim == "hybrid_auon"
+
+
+# -- the other table -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_tools_is_a_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_tool.py").write_text(
+        "def main(words):\n    if not words:\n        raise ValueError('words=[]: say what')\n    return len(words)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    row = Tool("mine", "Mine", "my_tool", "2601.00001", "inspired", "counts words", ("count up", "count down"), "plot")
+    monkeypatch.setattr(cli, "TOOLS", (row,))
+    assert cli.main(["count", "down", "--to", "0"]) == 3
+    assert error_of(capsys, "count") == "trl-trust: error: words=[]: say what"
+    assert cli.main(["--help"]) == cli.main(["tools"]) == 0
+    shown = capsys.readouterr().out
+    assert "  count         counts words" in shown
+    assert "mine: count up, count down (pip install trl-trust[plot])" in shown and "inspired: the paper" in shown
+    assert "did you mean 'count'" in error_of(capsys, "coumt")

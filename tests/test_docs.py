@@ -11,29 +11,49 @@ from pathlib import Path
 import pytest
 
 import trl_trust
-from trl_trust.methods import GRADES, METHODS, get_method
+from trl_trust import cli
+from trl_trust.methods import GRADES, HOSTS, METHODS, get_method
+from trl_trust.tools import TOOLS
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_a_method_is_in_every_table(method):
-    (row,) = [line for line in README.splitlines() if f"](docs/{method.name}.md)" in line and line.startswith("|")]
-    assert method.paper in row and method.grade in row
-    page = (ROOT / "docs" / f"{method.name}.md").read_text()
-    assert method.paper in page and re.search(rf"[Gg]rade: \*+{method.grade}\b", " ".join(page.split()))
-    assert method.grade in GRADES
+@pytest.mark.parametrize("row", [*METHODS, *TOOLS], ids=lambda row: row.name)
+def test_a_row_is_in_the_readme_and_has_a_page(row):
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| [{row.title}](docs/{row.page}.md)")]
+    _, paper, grade, summary = [cell.strip() for cell in line.strip("|").split(" | ")]
+    assert (paper, grade, summary.replace("\\|", "|")) == (row.paper, row.grade, row.summary)
+    page = (ROOT / "docs" / f"{row.page}.md").read_text()
+    assert row.paper in page and re.search(rf"[Gg]rade: \*+{row.grade}\b", " ".join(page.split()))
+    assert row.grade in GRADES
+
+
+def test_commands_are_of_one_row_each():
+    words = [*(method.name for method in METHODS), *(tool.command for tool in TOOLS), *cli.TRL_SCRIPTS, *cli.SHOW]
+    assert len(words) == len(set(words))
+    assert all(usage.split()[0] == tool.command for tool in TOOLS for usage in tool.commands)
+    assert {tool.recipes for tool in TOOLS} - {""} <= {name.split("/")[0] for name in cli.recipes()}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_method_is_exported_and_names_itself(method):
-    trainer, config, loss = (getattr(trl_trust, name) for name in (method.trainer, method.config, method.loss))
-    module = import_module(method.module)
-    assert trainer is getattr(module, method.trainer) and config is getattr(module, method.config) and callable(loss)
+    names, module = (
+        [name for name in (method.trainer, method.config, method.loss) if name],
+        import_module(method.module),
+    )
+    assert all(getattr(trl_trust, name) is getattr(module, name) for name in names)
+    assert set(names) <= set(trl_trust.__all__) & set(dir(trl_trust))
+    trainer = getattr(module, method.trainer)
     assert trainer._paper["id"] == method.paper and method.name in trainer._tag_names
-    assert {method.trainer, method.config, method.loss} <= set(trl_trust.__all__) & set(dir(trl_trust))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_method_extends_its_host(method):
+    base, _, name = HOSTS[method.host].base.partition(":")
+    assert issubclass(getattr(trl_trust, method.trainer), getattr(import_module(base), name))
+    assert all(callable(getattr(import_module(method.script), name)) for name in ("make_parser", "prepare"))
 
 
 def test_type_checkers_see_what_is_exported():

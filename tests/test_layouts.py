@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_trust.methods import METHODS
+from trl_trust.methods import hosted
 
 
-NAMES = [method.name for method in METHODS if method.script is None]
+NAMES = [method.name for method in hosted("grpo")]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ _EXPORTS = {
     "write_rollouts": "trl_trust.distill.rollouts",
 }
 for _method in METHODS:
-    for _name in (_method.trainer, _method.config, _method.loss):
+    for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
         _EXPORTS[_name] = _method.module
 
 if TYPE_CHECKING:

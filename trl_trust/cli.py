@@ -8,23 +8,21 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 
-from .methods import GRADES, METHODS, get_method
+from .lookup import near
+from .methods import GRADES, HOSTS, METHODS, get_method
+from .tools import TOOLS
 
 
 # TRL's own scripts, run as they are, with the optimizers of this package known by name
 TRL_SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward", "rloo", "distillation")
-
-# commands with a script of their own: name to module, which has `make_parser()` and `prepare(words)`
-OWN_SCRIPTS = {"rollouts": "trl_trust.distill.rollouts"} | {m.name: m.script for m in METHODS if m.script}
 
 
 def main(argv: list[str] | None = None, launch: bool = True) -> int:
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         words.remove("--traceback")
         os.environ["TRL_TRUST_TRACEBACK"] = "1"  # `one_line_errors` reads it, here and in the processes launched
     command, *rest = words or ["--help"]
-    methods = [method.name for method in METHODS]
+    methods, tools = [method.name for method in METHODS], {tool.command: tool for tool in TOOLS}
     wants_help = not {"-h", "--help"}.isdisjoint(rest)
 
     if command in ("-h", "--help"):
@@ -53,15 +51,18 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
             if rest and not wants_help:
                 raise ValueError(f"unexpected {rest[0]!r} after {command!r}, which takes nothing")
         show(SHOW[command])
+    elif command in tools:
+        with one_line_errors():
+            return import_module(tools[command].module).main(rest) or 0
     elif command in methods and wants_help:
         show(partial(method_help, command))
-    elif command in methods or command in TRL_SCRIPTS or command in OWN_SCRIPTS:
+    elif command in methods or command in TRL_SCRIPTS or command == "rollouts":
         # a process that a launcher started does not launch again
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
     else:
         with one_line_errors():
-            known = [*methods, *TRL_SCRIPTS, *OWN_SCRIPTS, *SHOW, "quickstart"]
-            raise ValueError(f"unknown command {command!r}; {near(command, known)}")
+            known = [*methods, *TRL_SCRIPTS, *tools, *SHOW, "rollouts", "quickstart"]
+            raise ValueError(f"unknown command {command!r}; {near(command, known, n=3)}")
     return 0
 
 
@@ -89,12 +90,6 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name."""
-    matches = get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else f"there are: {', '.join(known)}"
-
-
 def split_assignment(word: str, start: str = "--") -> list[str]:
     """`--name=value` as two words."""
     return word.split("=", 1) if word.startswith(start) else [word]
@@ -114,20 +109,11 @@ def train(command: str, words: list[str], launch: bool) -> int:
         words = resolve_recipe(words)
         from . import optim  # noqa: F401  registers the optimizers' names before a parser lists them
 
-        if command in OWN_SCRIPTS:
-            own = import_module(OWN_SCRIPTS[command])
-            parser, prepare = own.make_parser(), None
-        else:
-            parser, prepare = trl_script(command) if command in TRL_SCRIPTS else method_script(command)
+        parser, prepare = script_of(command)
         if not {"-h", "--help", "--help-all"}.isdisjoint(words):
             parser.print_help()
             return 0
-        if launch:
-            start = launcher(command, words, parser)
-        elif command in OWN_SCRIPTS:
-            start = own.prepare(words)
-        else:
-            start = prepare(*parser.parse(words, launcher_options()))
+        start = launcher(command, words, parser) if launch else prepare(words)
     status = start() or 0
     if not launch and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Leave without destructors: all is saved and closed, and where DDP drops the last reference to gloo's process
@@ -138,31 +124,22 @@ def train(command: str, words: list[str], launch: bool) -> int:
     return status
 
 
-def method_script(name: str):
-    """The parser of a method, and the function that takes what it parsed and returns the training, ready to start."""
-    from .script import build_trainer, make_parser, run
+def script_of(command: str) -> tuple:
+    """The parser of a training command, and the function that takes its words and returns the training, or sampling,
+    ready to start."""
+    prog = f"trl-trust {command}"
+    if command in TRL_SCRIPTS:
+        from .script import RecipeParser
 
-    def prepare(script_args, *configs) -> Callable[[], None]:
-        return partial(run, build_trainer(get_method(name), script_args, *configs), script_args.dataset_name)
-
-    return make_parser(get_method(name), prog=f"trl-trust {name}"), prepare
-
-
-def trl_script(name: str):
-    """The same for a script of TRL's."""
-    from .script import RecipeParser
-
-    script = import_module(f"trl.scripts.{name}")
-    return RecipeParser(script.make_parser().dataclass_types, prog=f"trl-trust {name}"), partial(partial, script.main)
-
-
-def launcher_options() -> dict[str, bool]:
-    """The options of `accelerate launch`, and whether each is a flag, i.e. takes no value."""
-    from accelerate.commands.launch import launch_command_parser
-
-    options = {option: action.nargs == 0 for option, action in launch_command_parser()._option_string_actions.items()}
-    # TRL's addition: a file, or one of the configs that TRL ships, by name
-    return {**options, "--accelerate_config": False}
+        script = import_module(f"trl.scripts.{command}")
+        parser = RecipeParser(script.make_parser().dataclass_types, prog=prog)
+        return parser, lambda words: partial(script.main, *parser.parse(words))
+    if command == "rollouts":
+        rollouts = import_module("trl_trust.distill.rollouts")
+        return rollouts.make_parser(prog), rollouts.prepare
+    method = get_method(command)
+    script = import_module(method.script)
+    return script.make_parser(method, prog), partial(script.prepare, method=method)
 
 
 def launcher(command: str, words: list[str], parser) -> Callable[[], int]:
@@ -170,6 +147,8 @@ def launcher(command: str, words: list[str], parser) -> Callable[[], int]:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from .script import launcher_options
 
     is_flag = launcher_options()
     from_recipe, from_words = parser.split(words)
@@ -241,7 +220,7 @@ def resolve_recipe(words: list[str]) -> list[str]:
     name, known = words[place], recipes()
     path = Path(name) if Path(name).is_file() else known.get(name.removesuffix(".yaml").removeprefix("recipes/"))
     if path is None:
-        raise ValueError(f"no recipe {name!r}: it is no file, and of the short names {near(name, known)}")
+        raise ValueError(f"no recipe {name!r}: it is no file, and of the short names {near(name, known, n=3)}")
     try:
         yaml.safe_load(path.read_text("utf-8"))  # TRL's parser reads it again; this is for the message
     except yaml.MarkedYAMLError as error:
@@ -260,6 +239,8 @@ def resolve_recipe(words: list[str]) -> list[str]:
 def top_help() -> str:
     """The text of `trl-trust --help`."""
     rows = "\n".join(f"  {method.name:<14}{method.summary}" for method in METHODS)
+    measure = "".join(f"  {tool.command:<14}{tool.summary}\n" for tool in TOOLS)
+    measure = f"Measure, build and report (`trl-trust COMMAND --help` shows how):\n{measure}\n" if TOOLS else ""
     return f"""\
 trl-trust: trust-region post-training for Hugging Face TRL
 
@@ -271,12 +252,13 @@ Train with a method of this package (`trl-trust METHOD --help` shows its setting
 Train with TRL's own script, with the optimizers of this package known by name:
   {" ".join(TRL_SCRIPTS)}
 
-Sample once, for methods that learn from frozen rollouts:
+{measure}Sample once, for methods that learn from frozen rollouts:
   rollouts      write prompts, completions, rewards and log-probabilities to a folder
 
 Look around:
   quickstart    train a small model here and now: no download, no GPU
   methods       the methods, with paper and provenance
+  tools         what measures and builds, with paper and provenance
   optimizers    the optimizers that `--optim NAME` knows
   recipes       the recipes that `--config NAME` knows
 
@@ -297,8 +279,9 @@ def method_help(name: str) -> str:
         f"{method.title}'s own fields": stated_fields(method.module, method.config),
         "Data and reward": stated_fields("trl_trust.script", "TrustScriptArguments"),
     }
-    if method.script:  # its own script, whose arguments stand beside the others in the same file
-        sections = {"Rounds": stated_fields(method.script, f"{method.title}ScriptArguments")} | sections
+    arguments = HOSTS[method.host].arguments
+    if arguments != "TrustScriptArguments":
+        sections[f"{method.title} as a whole"] = stated_fields(method.script, arguments)
     lines = [
         f"{method.title} (arXiv {method.paper}): {method.summary}",
         f"Provenance: {method.grade}, i.e. {GRADES[method.grade]}",
@@ -310,7 +293,7 @@ def method_help(name: str) -> str:
         for field, default, text in fields:
             lines.append(f"  --{field} ({default})")
             lines.append(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    own = [recipe for recipe in recipes() if recipe.startswith(f"{name}/")]
+    own = [recipe for recipe in recipes() if recipe.startswith(f"{method.recipes}/")]
     unread = ", ".join(unread_fields(method.module, method.config))
     lines += [
         "",
@@ -376,6 +359,14 @@ def show_methods() -> None:
     show_table(METHODS)
 
 
+def show_tools() -> None:
+    """`trl-trust tools`."""
+    show_table(TOOLS)
+    for tool in TOOLS:
+        needs = f" (pip install trl-trust[{tool.extra}])" if tool.extra else ""
+        print(fill(f"{tool.name}: {', '.join(tool.commands)}{needs}", 110, subsequent_indent="  "))
+
+
 def show_optimizers() -> None:
     """`trl-trust optimizers`."""
     from .optimizers import OPTIMIZERS
@@ -406,4 +397,4 @@ def show_recipes() -> None:
         print(f"{name:<{width}}{path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
 
 
-SHOW = {"methods": show_methods, "optimizers": show_optimizers, "recipes": show_recipes}
+SHOW = {"methods": show_methods, "tools": show_tools, "optimizers": show_optimizers, "recipes": show_recipes}

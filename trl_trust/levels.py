@@ -9,15 +9,13 @@ authors' (`XueruiSu/Trust-Region-Preference-Approximation`, `verl/utils/reward_s
 prompt.
 """
 
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from .lookup import load_function
 from .rewards import completion_text, last_box, math_accuracy_reward
 
 
@@ -27,18 +25,7 @@ def load_level_rule(name: str) -> Callable[..., list[int | None]]:
     Raises:
         ValueError: for a path that holds no such function; the working directory is searched too.
     """
-    if name in LEVEL_RULES:
-        return LEVEL_RULES[name]
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module, _, attribute = name.rpartition(".")
-    try:
-        rule = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"level_rule={name!r} cannot be imported: {error}.") from error
-    if not callable(rule):
-        raise ValueError(f"level_rule={name!r} is a {type(rule).__name__}, which cannot be called.")
-    return rule
+    return LEVEL_RULES[name] if name in LEVEL_RULES else load_function(name, "level_rule")
 
 
 def reward_levels(rewards: Tensor, level_one_reward: float, thresholds: Sequence[float] | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """The one table of methods. The command line, the docs, the tests and the benchmarks all read it.
 
+What measures instead of training is in a table of its own, [`trl_trust.tools.TOOLS`].
+
 A new method is a row here, a module, and what the tests over this table then ask for: an import for type checkers, a
 row in the README, a page, two recipes. This module imports neither torch nor TRL, so that `import trl_trust` and
 `trl-trust methods` stay instant.
@@ -14,6 +16,34 @@ GRADES = {
     "structure confirmed": "the paper confirms what the method does; details come from third-party code or are ours",
     "adapted": "exact in the setting of its paper, carried over to language models here",
     "reconstruction": "no equation of the paper was available; ours is a reading of what is published about it",
+    "inspired": "the paper gives the aim and the outline; items, rules and figures are ours",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a method is built on.
+
+    Attributes:
+        base: `module:Class`, the trainer that every trainer of this host extends.
+        script: module behind `trl-trust NAME`, with `make_parser(method, prog)` and `prepare(words, method)`, which
+            reads the words of a command line and returns the training, ready to start.
+        arguments: class name, in `script`, of the arguments that stand beside config and model.
+    """
+
+    base: str
+    script: str
+    arguments: str = "TrustScriptArguments"
+
+
+HOSTS = {
+    "grpo": Host("trl_trust.policy.base:TrustGRPOTrainer", "trl_trust.script"),
+    "frozen": Host("trl.experimental.gkd:GKDTrainer", "trl_trust.distill.rounds", "ERPDScriptArguments"),
+    "async": Host("trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script"),
+    "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script"),
+    "flow": Host("transformers:Trainer", "trl_trust.flow.script"),
+    "sft": Host("trl:SFTTrainer", "trl_trust.robust.script"),
+    "reward": Host("trl:RewardTrainer", "trl_trust.robust.script"),
 }
 
 
@@ -22,7 +52,7 @@ class Method:
     """One row of the table.
 
     Attributes:
-        name: What a user types, `trl-trust NAME`, and the recipe folder `recipes/NAME/`.
+        name: What a user types, `trl-trust NAME`.
         title: How the method is written in prose.
         module: Module that holds loss, Config and Trainer.
         trainer: Class name of the trainer in `module`.
@@ -30,10 +60,13 @@ class Method:
         paper: arXiv identifier.
         grade: A key of [`GRADES`].
         summary: What it changes, against its nearest TRL loss, in one line.
-        loss: Name of the pure loss function in `module`, exported too.
-        script: Module behind `trl-trust NAME` where training is more than one run of a `GRPOTrainer`; it has
-            `make_parser()` and `prepare(words)`. What is built on `GRPOTrainer`, such as the quickstart, leaves such a
-            method out.
+        loss: Name of the pure loss function in `module`, exported too; empty where there is none.
+        host: A key of [`HOSTS`].
+        script: A module in the place of the host's, with the same two functions.
+        page: The page `docs/PAGE.md`; the name by default.
+        recipes: The folder `recipes/RECIPES/`; the name by default.
+        teacher: The field that names a frozen teacher, without which the method cannot run.
+        reads: Fields that name functions which read columns of the data.
     """
 
     name: str
@@ -44,8 +77,18 @@ class Method:
     paper: str
     grade: str
     summary: str
-    loss: str
-    script: str | None = None
+    loss: str = ""
+    host: str = "grpo"
+    script: str = ""
+    page: str = ""
+    recipes: str = ""
+    teacher: str = ""
+    reads: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, default in {"script": HOSTS[self.host].script, "page": self.name, "recipes": self.name}.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
 
 
 METHODS: tuple[Method, ...] = (
@@ -125,6 +168,7 @@ METHODS: tuple[Method, ...] = (
         grade="exact",
         summary="a DPO-like loss on pairs of preference levels in place of advantages; a small KL to the old policy",
         loss="trpa_loss",
+        reads=("level_fn",),
     ),
     Method(
         name="alp",
@@ -147,6 +191,7 @@ METHODS: tuple[Method, ...] = (
         grade="exact",
         summary="the ratio is taken to a mixture of the old policy and a frozen teacher",
         loss="rlad_loss",
+        teacher="teacher_model_name_or_path",
     ),
     Method(
         name="vpd",
@@ -158,6 +203,7 @@ METHODS: tuple[Method, ...] = (
         grade="structure confirmed",
         summary="self-distillation from feedback, whose reading is trained on the outcomes",
         loss="vpd_loss",
+        reads=("feedback_func",),
     ),
     Method(
         name="erpd",
@@ -169,9 +215,14 @@ METHODS: tuple[Method, ...] = (
         grade="reconstruction",
         summary="over-trains a teacher on frozen rollouts, then distils its token signal inside a trust region",
         loss="erpd_student_loss",
-        script="trl_trust.distill.rounds",
+        host="frozen",
     ),
 )
+
+
+def hosted(*hosts: str) -> list[Method]:
+    """The methods of these hosts, in the order of the table."""
+    return [method for method in METHODS if method.host in hosts]
 
 
 def get_method(name: str) -> Method:

@@ -5,16 +5,14 @@ Names are TRL's own, `math_accuracy_reward`, or a dotted import path such as `my
 
 import ctypes
 import math
-import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import cache, lru_cache, partial
-from importlib import import_module
 from typing import Any
+
+from .lookup import load_function, near
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -39,21 +37,10 @@ def load_reward_func(name: str, max_completion_length: int) -> Callable:
 
         found = getattr(trl.rewards, name)
         return found(max_completion_length, max_completion_length // 5) if name.startswith("get_") else found
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
-        known = ("math_accuracy_reward", *TRL_REWARDS)
-        near = get_close_matches(name, known, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"known names are {', '.join(known)}"
+    if "." not in name:
+        mend = near(name, ("math_accuracy_reward", *TRL_REWARDS), "known names are {}")
         raise ValueError(f"unknown reward function {name!r}; {mend} (or give a dotted import path)")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import reward function {name!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"reward function {name!r} is a {type(found).__name__}, which cannot be called")
-    return found
+    return load_function(name, "reward_funcs")
 
 
 def math_accuracy_reward(

@@ -5,14 +5,16 @@ What `trl grpo` is to `GRPOTrainer`, for any row of the table of methods. Import
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from functools import cache, partial
 from importlib import import_module
 from typing import get_args, get_type_hints
 
 from trl import ScriptArguments, TrlParser
 
+from .lookup import near
 from .methods import Method
 from .rewards import load_reward_func, math_accuracy_reward
 
@@ -82,10 +84,15 @@ class RecipeParser(TrlParser):
         self.number_names = {k for k, hint in hints.items() if {hint, *get_args(hint)} & {int, float}}
 
     def error(self, message: str):
+        if choice := re.search(r"^argument --(\w+): invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            refuse_choice(choice[1], choice[2], choice[3].replace("'", "").split(", "))
         raise ValueError(message)
 
     def set_defaults_with_config(self, **config) -> list[str]:
+        choices = {action.dest: action.choices for action in self._actions if action.choices}
         for name, value in config.items():
+            if isinstance(value, str) and value not in choices.get(name, [value]):
+                refuse_choice(name, value, choices[name])
             if value is False and name.endswith("_strategy"):
                 config[name] = "no"  # YAML 1.1 reads a bare `no` as False
             elif value is not None and name in self.number_names:
@@ -103,7 +110,7 @@ class RecipeParser(TrlParser):
         )
         return from_recipe, from_words
 
-    def parse(self, words: list[str], launcher_options: Iterable[str] = ()) -> tuple:
+    def parse(self, words: list[str]) -> tuple:
         """Return one instance of each dataclass; a recipe may hold options of the launcher too, which are passed over.
 
         Raises:
@@ -115,9 +122,9 @@ class RecipeParser(TrlParser):
             )
         except TypeError as error:  # such as a wrong key under `datasets:`
             raise ValueError(f"a setting has the wrong form: {error}") from error
-        self.refuse_unknown(from_recipe, "in the recipe", launcher_options)
+        self.refuse_unknown(from_recipe, "in the recipe", launcher_options())
         for word in from_words:
-            if word in launcher_options:
+            if word in launcher_options():
                 raise ValueError(f"{word} is for the launcher: pass it to `accelerate launch`, or run `trl-trust`")
         self.refuse_unknown(from_words, "on the command line")
         return tuple(configs)
@@ -130,9 +137,23 @@ class RecipeParser(TrlParser):
             name = word.split("=")[0]
             if word.startswith("--") and name not in also_known:
                 known = [*self.field_names, *(option.lstrip("-") for option in also_known)]
-                near = get_close_matches(name.lstrip("-"), known, n=1)
-                mend = f"did you mean {near[0]!r}?" if near else "--help-all lists the known ones"
+                mend = near(name.lstrip("-"), known, "--help-all lists the known ones")
                 raise ValueError(f"unknown field {name.lstrip('-')!r} {where}; {mend}")
+
+
+def refuse_choice(name: str, value: str, choices: Iterable) -> None:
+    """Raise `ValueError` for a value that is none of the `choices` of the field `name`."""
+    raise ValueError(f"{name}={value!r} is not known; {near(value, map(str, choices))}")
+
+
+@cache
+def launcher_options() -> dict[str, bool]:
+    """The options of `accelerate launch`, and whether each is a flag, i.e. takes no value."""
+    from accelerate.commands.launch import launch_command_parser
+
+    options = {option: action.nargs == 0 for option, action in launch_command_parser()._option_string_actions.items()}
+    # TRL's addition: a file, or one of the configs that TRL ships, by name
+    return {**options, "--accelerate_config": False}
 
 
 def make_parser(method: Method, prog: str | None = None) -> RecipeParser:
@@ -141,6 +162,16 @@ def make_parser(method: Method, prog: str | None = None) -> RecipeParser:
 
     config = getattr(import_module(method.module), method.config)
     return RecipeParser((TrustScriptArguments, config, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def prepare(words: list[str], method: Method) -> Callable[[], None]:
+    """Read the words of a command line, and return the training that they ask for, ready to start.
+
+    Raises:
+        ValueError, OSError: see [`build_trainer`].
+    """
+    script_args, *configs = make_parser(method).parse(words)
+    return partial(run, build_trainer(method, script_args, *configs), script_args.dataset_name)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -270,7 +301,7 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    readers = [getattr(trainer, name, None) for name in ("level_fn", "feedback_func")]
+    readers = [getattr(trainer, name) for name in method.reads]
     check_reward_columns(readers, column_names(train), READER_PROVIDES)
     trainer.get_optimizer_cls_and_kwargs(training_args, trainer.model)  # raises for a wrong `optim_args`
     return trainer
@@ -322,4 +353,5 @@ def run(trainer, dataset_name: str | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub_model_id}")
-    trainer.end()
+    if hasattr(trainer, "end"):  # transformers 5.18; it finishes the trackers and leaves the process group
+        trainer.end()

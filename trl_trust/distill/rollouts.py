@@ -735,9 +735,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     Raises:
         ValueError: for bad settings.
     """
-    from ..cli import launcher_options
-
-    script_args, config, model_args, dataset_args = make_parser().parse(list(argv), launcher_options())
+    script_args, config, model_args, dataset_args = make_parser().parse(list(argv))
     data, rewards = load_sources(script_args, config, model_args, dataset_args)
 
     def run() -> int:

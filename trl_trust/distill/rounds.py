@@ -24,7 +24,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
-from ..cli import launcher_options
+from ..methods import Method
 from ..script import RecipeParser, TrustScriptArguments
 from .common import as_mapping
 from .erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
@@ -109,8 +109,8 @@ class ERPDScriptArguments(TrustScriptArguments):
             setattr(self, name, as_mapping(name, getattr(self, name)) or {})
 
 
-def make_parser(prog: str = "trl-trust erpd") -> RecipeParser:
-    """The parser of `trl-trust erpd`."""
+def make_parser(method: Method | None = None, prog: str = "trl-trust erpd") -> RecipeParser:
+    """The parser of `trl-trust erpd`, the one method whose host this script serves."""
     return RecipeParser((ERPDScriptArguments, ERPDConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
 
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     return prepare(argv)()
 
 
-def prepare(argv: Sequence[str]) -> Callable[[], int]:
+def prepare(argv: Sequence[str], method: Method | None = None) -> Callable[[], int]:
     """Check everything, so that a slip in stage 2 is not found after stage 1, and return what runs the rounds.
 
     Raises:
@@ -133,7 +133,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         )
 
     def parse(stage: str, **settings) -> tuple:
-        return make_parser().parse([*words, "--stage", stage, *_as_words(settings)], launcher_options())
+        return make_parser().parse([*words, "--stage", stage, *_as_words(settings)])
 
     script_args, args, model_args, dataset_args = parse("student")
     temperature, output = args.temperature, Path(args.output_dir)

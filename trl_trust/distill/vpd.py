@@ -11,13 +11,10 @@ read. Prompt building, top-k and importance clip are those of SDPO's code (`lasg
 response, token reductions, treatment of the vocabulary, and order and optimizer of the E-step are a reconstruction.
 """
 
-import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..lookup import load_function
 from ..policy.base import (
     LOG_RATIO_LIMIT,
     PolicyBatch,
@@ -466,7 +464,9 @@ class VPDTrainer(TrustGRPOTrainer):
             raise ValueError(
                 f"feedback_func={config.feedback_func!r}: the trainer was given a `feedback_func` as well; keep one."
             )
-        self.feedback_func = load_function(config.feedback_func) if config.feedback_func else feedback_func
+        self.feedback_func = (
+            load_function(config.feedback_func, "feedback_func") if config.feedback_func else feedback_func
+        )
         self.shift: float | None = None  # of the E-step; saved with checkpoints
         self._e_step: EStep | None = None  # the one to be made in this optimizer step
         self._micro_batches: list[dict[str, Any]] = []
@@ -775,23 +775,3 @@ def without_thoughts(text: str) -> str:
     """`text` without `<think>` blocks: also one that the chat template has opened, or that was never closed."""
     text = re.sub(r"(?s)\A(?:(?!<think>).)*?</think>\s*", "", text)
     return re.sub(r"(?s)<think>.*?(?:</think>\s*|\Z)", "", text)
-
-
-def load_function(path: str) -> Callable:
-    """Import `package.module.function`; the working directory is searched too.
-
-    Raises:
-        ValueError: if there is no such function.
-    """
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"feedback_func={path!r} cannot be imported: {error}; give package.module.function."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"feedback_func={path!r} is a {type(found).__name__}; give the path of a function.")
-    return found

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from trl_trust.methods import METHODS, get_method
+from trl_trust.methods import get_method, hosted
 
 
 BASELINE = "grpo"  # stock trl.GRPOTrainer
@@ -69,7 +69,8 @@ def trainer_classes(method: str) -> tuple[type, type]:
 
 def overrides(method: str, teacher: Path) -> dict:
     """Config fields that `method` cannot do without, given where its teacher is. Not a place for tuning."""
-    return {"rlad": {"teacher_model_name_or_path": str(teacher)}}.get(method, {})
+    field = "" if method == BASELINE else get_method(method).teacher
+    return {field: str(teacher)} if field else {}
 
 
 def build_config(method: str, output_dir: str | os.PathLike, **fields):
@@ -202,7 +203,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="Train a tiny model to add, with stock GRPO and with a method of this package, and compare them. "
         "No download, no GPU, two to three minutes.",
     )
-    names = [BASELINE, *(m.name for m in METHODS if m.script is None)]
+    names = [BASELINE, *(m.name for m in hosted("grpo"))]
     parser.add_argument(
         "--method",
         nargs="+",

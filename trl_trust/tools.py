@@ -1,0 +1,51 @@
+"""The table of what measures, builds and reports, beside the table of what trains ([`trl_trust.methods.METHODS`]).
+
+A new tool is a row here and a module with `main(words) -> int`, the exit status. `trl-trust COMMAND ...` calls it
+with the words after COMMAND and tells a `ValueError`, `OSError` or `ImportError` from it in one line. The module is
+imported only then; `main` should parse its words before it imports torch, so that help and mistakes are answered at
+once.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One row of the table.
+
+    Attributes:
+        name: Of the tool; `docs/NAME.md` is its page.
+        title: How it is written in prose.
+        module: Module with `main(words) -> int`.
+        paper: arXiv identifier; empty where there is none.
+        grade: A key of [`trl_trust.methods.GRADES`].
+        summary: What it does, in one line.
+        commands: What a user may type after `trl-trust`, such as `"geometry build"`; the first word, one for all of
+            them, leads to `main`, which gets the rest.
+        extra: The extra of the package that it needs, `pip install trl-trust[EXTRA]`.
+        recipes: The folder `recipes/RECIPES/`; empty where it has none.
+        page: The page `docs/PAGE.md`; the name by default.
+    """
+
+    name: str
+    title: str
+    module: str
+    paper: str
+    grade: str
+    summary: str
+    commands: tuple[str, ...]
+    extra: str = ""
+    recipes: str = ""
+    page: str = ""
+
+    def __post_init__(self):
+        if not self.page:
+            object.__setattr__(self, "page", self.name)
+
+    @property
+    def command(self) -> str:
+        """The word after `trl-trust`."""
+        return self.commands[0].split()[0]
+
+
+TOOLS: tuple[Tool, ...] = ()
