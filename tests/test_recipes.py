@@ -23,7 +23,6 @@ SMALL = {
     "dataset_config": None,
     "dataset_train_split": "train",
     "prompt_column": "prompt",
-    "max_steps": 2,
     "save_strategy": "no",
     "disable_tqdm": True,
     "logging_steps": 1,
@@ -112,12 +111,17 @@ def test_recipe_is_read_and_its_ratio_is_live(name, tmp_path):
     assert args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
     # and a rollout ends on an update: otherwise gradients of two rollouts are mixed in one
     assert args.steps_per_generation % args.gradient_accumulation_steps == 0
+    # and a checkpoint falls between two rollouts: resuming there repeats the uninterrupted run
+    updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+    assert args.save_steps % updates == 0
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_trains_two_steps(name, tiny, tmp_path, monkeypatch):
+def test_recipe_trains_on_two_rollouts(name, tiny, tmp_path, monkeypatch):
     recipe = settings(name)
+    updates = SMALL["steps_per_generation"] * recipe.get("num_iterations", 1)  # of a rollout
     small = {**recipe, **ON_A_CPU, **SMALL, "output_dir": str(tmp_path / "out"), "dataset_name": tiny["data"]}
+    small["max_steps"] = updates + 1
     small |= {key: tiny["model"] for key in recipe if key.endswith("model_name_or_path")}  # a teacher's too
     small["reward_funcs"] = [*recipe["reward_funcs"], f"{__name__}.some_reward"]
     if "reward_weights" in recipe:
@@ -128,11 +132,14 @@ def test_recipe_trains_two_steps(name, tiny, tmp_path, monkeypatch):
 
     (trainer,) = trainers
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == len(log) == updates + 1
     assert all(torch.isfinite(torch.tensor(entry["loss"])) and entry["grad_norm"] > 0 for entry in log)
     # the second step trains on the rollout of the first: the policy has moved away from the one that generated
     if trainer.args.needs_stale_rollouts:  # otherwise something else than updates separates them too, such as noise
-        assert log[0]["trust/ratio/max"] == pytest.approx(1.0, abs=1e-5)
+        # and the first step on the next one is fresh again: dropout would show here, where LoRA's B is no longer 0
+        for fresh in (log[0], log[updates]):
+            assert fresh["trust/ratio/min"] == pytest.approx(1.0, abs=1e-5)
+            assert fresh["trust/ratio/max"] == pytest.approx(1.0, abs=1e-5)
     assert max(abs(log[1][f"trust/ratio/{extreme}"] - 1) for extreme in ("min", "max")) > 1e-4
     saved = "adapter_model.safetensors" if recipe.get("use_peft") else "model.safetensors"
     assert os.path.getsize(tmp_path / "out" / saved) > 0

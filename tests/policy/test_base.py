@@ -11,11 +11,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny import digits_reward, parameter_gap, random_policy_batch, tiny_config, tiny_run, tiny_trainer
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_trust import DISPOConfig, DISPOTrainer, DPPOConfig, DPPOTrainer, TrustGRPOConfig, TrustGRPOTrainer
+import trl_trust
+from trl_trust import (
+    ALPConfig,
+    ALPTrainer,
+    DISPOConfig,
+    DISPOTrainer,
+    DPPOConfig,
+    DPPOTrainer,
+    TrustGRPOConfig,
+    TrustGRPOTrainer,
+)
+from trl_trust.methods import METHODS, get_method
 from trl_trust.policy.base import (
     AGGREGATIONS,
     MULTIMODAL_INPUTS,
@@ -25,6 +37,7 @@ from trl_trust.policy.base import (
     local_statistics,
     masked_quantiles,
     paper,
+    read_gathered,
     telemetry,
 )
 from trl_trust.quickstart.task import build_tokenizer, problems
@@ -255,6 +268,32 @@ def test_a_method_anchored_on_the_sampler_is_not_corrected_twice(tiny_model_path
 # -- rollouts ---------------------------------------------------------------------------------------------------------
 
 
+INF = math.inf
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS if m.module.startswith("trl_trust.policy")])
+def test_an_infinite_reward_counts_as_none(name, tiny_model_path, tmp_path, caplog):
+    method = get_method(name)
+    config, trainer = getattr(trl_trust, method.config), getattr(trl_trust, method.trainer)
+    settings = {"etr": {"lambda_macro": 0.5}, "dispo": {"select": "correct", "correct_threshold": 0.5}}
+
+    def run(folder, *bad):
+        def reward(completions, **kwargs):
+            return [(bad[i // 5 % len(bad)] if i % 5 == 0 else x) for i, x in enumerate(digits_reward(completions))]
+
+        args = tiny_config(config, tmp_path / folder, max_steps=5, **settings.get(name, {}))
+        return tiny_run(trainer, tiny_model_path, args, reward_funcs=reward)
+
+    ours, theirs = run("a", INF, -INF), run("b", None)
+    assert parameter_gap(ours.model, theirs.model) == 0.0
+    assert all(p.isfinite().all() for p in ours.model.parameters())
+    log = ours.state.log_history
+    assert (log[0]["trust/rewards/infinite"], log[4]["trust/rewards/infinite"]) == (4, 4)
+    assert theirs.state.log_history[0]["trust/rewards/infinite"] == 0
+    said = [r.message for r in caplog.records if "are infinite" in r.message]
+    assert len(said) == 1 and "4 rewards of reward " in said[0]
+
+
 class Probe(TrustGRPOTrainer):
     """Keeps the batches it sees, and attaches a row tensor that names each response."""
 
@@ -366,6 +405,53 @@ def test_bad_settings_raise(settings, message):
     assert all(str(value) in str(error.value) for value in settings.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_generations", 0, "a whole number >= 2"),
+        ("num_generations", 1, "a whole number >= 2"),
+        ("steps_per_generation", 0, "a whole number >= 1, or None"),
+        ("gradient_accumulation_steps", 0, "a whole number >= 1"),
+        ("per_device_train_batch_size", 0, "a whole number >= 1"),
+        ("num_iterations", 0, "a whole number >= 1"),
+        ("max_completion_length", -1, "a whole number >= 1"),
+        ("temperature", math.nan, "a finite number > 0"),
+        ("temperature", 0.0, "a finite number > 0"),
+        ("learning_rate", -1, "a finite number >= 0"),
+        ("learning_rate", math.nan, "a finite number >= 0"),
+        ("learning_rate", INF, "a finite number >= 0"),
+        ("beta", -1, "a finite number >= 0"),
+        ("beta", math.nan, "a finite number >= 0"),
+        ("top_p", 0, r"a number in \(0, 1\]"),
+        ("top_p", 2, r"a number in \(0, 1\]"),
+        ("min_p", -0.1, r"a number in \[0, 1\], or None"),
+        ("epsilon", math.nan, "a number >= 0"),
+        ("max_grad_norm", -1.0, "a number >= 0"),
+        ("model_init_kwargs", "text", "a mapping of names to values"),
+        ("generation_kwargs", {"topp": 0.5}, "generation knows no 'topp'; did you mean 'top_p'?"),
+        ("generation_kwargs", {"xyzzy": 1}, "see `transformers.GenerationConfig`"),
+    ],
+)
+def test_hostile_values_of_inherited_fields_raise_in_one_line(name, value, message):
+    plain = tiny_config(GRPOConfig)
+    setattr(plain, name, value)
+    for construct in (
+        lambda: tiny_config(TrustGRPOConfig, **{name: value}),
+        lambda: DISPOConfig.from_grpo_config(plain),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            construct()
+        assert str(error.value).startswith(f"{name}={value!r}") and "\n" not in str(error.value)
+
+
+def test_usual_values_of_inherited_fields_are_taken():
+    usual = dict(top_k=50, min_p=0.1, beta=0, warmup_steps=0.1, max_grad_norm=0, save_steps=0.25, learning_rate=0)
+    args = tiny_config(
+        TrustGRPOConfig, **usual, generation_kwargs={"suppress_tokens": [1]}, model_init_kwargs='{"a": 1}'
+    )
+    assert args.model_init_kwargs == {"a": 1}
+
+
 def test_a_plain_grpo_config_is_enough(tiny_model_path, tmp_path):
     stock = tiny_config(GRPOConfig, tmp_path, learning_rate=3e-3, num_iterations=2)
     trainer = tiny_trainer(DISPOTrainer, tiny_model_path, stock)
@@ -437,6 +523,47 @@ def test_a_ratio_that_is_always_one_is_said_once(tiny_model_path, tmp_path, capl
     assert not warns or ("steps_per_generation" in said[0].message and "num_iterations" in said[0].message)
 
 
+LORA = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("rate", "settings", "warns"), [(0.05, {}, True), (0.0, {}, False), (0.05, {"disable_dropout": True}, False)]
+)
+@pytest.mark.parametrize("given", ["peft_config", "model"])
+def test_dropout_is_named(tiny_model_path, tmp_path, caplog, given, rate, settings, warns):
+    lora, args = LoraConfig(lora_dropout=rate, **LORA), tiny_config(DISPOConfig, tmp_path, **settings)
+    if given == "peft_config":
+        tiny_trainer(DISPOTrainer, tiny_model_path, args, peft_config=lora)
+    else:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path), lora)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+        data = problems("train", 8)
+        DISPOTrainer(model, digits_reward, args, processing_class=tokenizer, train_dataset=data)
+    said = [r.message for r in caplog.records if "lora_dropout=0.05" in r.message]
+    assert len(said) == warns and (not warns or "Set lora_dropout to 0" in said[0])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "settings", "said"),
+    [
+        (DPPOTrainer, DPPOConfig, dict(top_p=0.8, min_p=0.1), "top_p=0.8, min_p=0.1"),
+        (ALPTrainer, ALPConfig, dict(top_k=20), "top_k=20"),
+        (DPPOTrainer, DPPOConfig, dict(generation_kwargs={"top_p": 0.5}), "top_p=0.5"),
+        (DPPOTrainer, DPPOConfig, {}, None),
+        (DPPOTrainer, DPPOConfig, dict(anchor="old", top_p=0.8), None),
+        (DISPOTrainer, DISPOConfig, dict(top_p=0.8), None),
+    ],
+)
+def test_a_sampler_that_renormalises_is_named(tiny_model_path, tmp_path, trainer, config, settings, said):
+    trainer = tiny_trainer(trainer, tiny_model_path, tiny_config(config, tmp_path, **settings))
+    assert not any(
+        "renormalises" in line for line in trainer._warnings()
+    )  # without vLLM the ratio is to the old policy
+    trainer.args.use_vllm = True
+    lines = [line for line in trainer._warnings() if "renormalises" in line]
+    assert len(lines) == (said is not None) and (said is None or lines[0].startswith(f"{said}: "))
+
+
 def test_return_outputs_is_refused(tiny_model_path, tmp_path):
     trainer = tiny_trainer(TrustGRPOTrainer, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path))
     with pytest.raises(ValueError, match="return_outputs=True"):
@@ -465,8 +592,6 @@ def test_resuming_equals_the_uninterrupted_run(tiny_model_path, tmp_path):
 
 
 def test_lora_trains_the_adapter_alone(tiny_model_path, tmp_path):
-    from peft import LoraConfig
-
     args = tiny_config(DISPOConfig, tmp_path, beta=0.05, max_steps=6)
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = tiny_trainer(DISPOTrainer, tiny_model_path, args, peft_config=peft_config)
@@ -571,6 +696,69 @@ def test_micro_batches_without_a_live_token_have_no_part_in_the_metrics(tiny_mod
     for log in trainer.state.log_history[:2]:
         assert log["trust/ratio/min"] <= log["trust/ratio/mean"] <= log["trust/ratio/max"]
         assert log["dispo/weight/mean"] > 0.9
+
+
+def test_the_loss_never_sees_the_engines_own_output(tiny_model_path, tmp_path):
+    """DeepSpeed hooks the gradient of what its forward returns; only the backward itself may set the hook off."""
+    fired = []
+
+    class Engine(TrustGRPOTrainer):
+        def score_completions(self, *args, **kwargs):
+            logps, *rest = super().score_completions(*args, **kwargs)
+            logps.register_hook(lambda grad: fired.append(grad))
+            return logps, *rest
+
+    trainer = tiny_trainer(Engine, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path))
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, micro_batch(trainer, 0, ()))
+    assert fired == []
+    loss.backward()
+    assert len(fired) == 1 and fired[0].abs().max() > 0
+
+
+def test_an_evaluation_inside_an_accumulation_window_leaves_training_metrics_alone(tiny_model_path, tmp_path):
+    def logged(evaluates):
+        trainer = tiny_trainer(DISPOTrainer, tiny_model_path, tiny_config(DISPOConfig, tmp_path))
+        trainer.current_gradient_accumulation_steps = 4
+        for i in range(4):
+            trainer.accelerator.gradient_state._set_sync_gradients(i == 3)
+            trainer.model.train()
+            trainer.compute_loss(trainer.model, micro_batch(trainer, i, ())).backward()
+            if evaluates and i == 1:
+                trainer.model.eval()
+                with torch.no_grad():
+                    trainer.compute_loss(trainer.model, micro_batch(trainer, 9, ()))
+                trainer.log({})
+                assert "eval_trust/kl" in trainer.state.log_history[-1]
+        trainer.model.train()
+        trainer.log({})
+        return trainer.state.log_history[-1]
+
+    assert logged(True) == logged(False)
+
+
+def test_extrema_do_not_depend_on_how_rows_are_split(tiny_model_path, tmp_path):
+    def log(size):
+        batches = dict(per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
+        args = tiny_config(DISPOConfig, tmp_path, **batches, steps_per_generation=32 // size, max_steps=2)
+        return tiny_run(DISPOTrainer, tiny_model_path, args).state.log_history[1]
+
+    whole, split = log(16), log(2)
+    for name in ("trust/ratio/min", "trust/ratio/max", "dispo/weight/max"):
+        assert split[name] == pytest.approx(whole[name], rel=1e-4)
+    assert whole["trust/ratio/max"] > 1.01
+
+
+def test_extrema_are_over_all_there_is_and_means_over_micro_batches():
+    # two steps of two micro-batches on two processes; NaN: no live token there
+    step = lambda *values: ([*["a/max"] * 2, *["b"] * 2, *["clip_ratio/high_max"] * 2], torch.tensor(values))
+    one = step([[1.0, 1], [5, 1], [1, 1], [3, 1], [1, 1], [5, 1]], [[2, 1], [3, 1], [1, 1], [3, 1], [2, 1], [3, 1]])
+    two = step(
+        [[4.0, 1], [-INF, 0], [5, 1], [7, 1], [4, 1], [0, 1]], [[0, 1], [-INF, 0], [5, 1], [7, 1], [0, 1], [0, 1]]
+    )
+    found = read_gathered([one, two])
+    assert found == {"a/max": [5.0], "b": [1.0, 3.0, 5.0, 7.0], "clip_ratio/high_max": [2.0, 5.0, 4.0, 0.0]}
+    assert math.isnan(read_gathered([(["a/min"], torch.tensor([[[INF, 0.0]]]))])["a/min"][0])
 
 
 def test_a_batch_loss_is_added_after_aggregation_and_divided_by_the_accumulation(tiny_model_path, tmp_path):

@@ -190,6 +190,18 @@ def test_advantages_per_token():
     assert torch.equal(loss_and_grad(dispo_loss, batch)[1], loss_and_grad(dispo_loss, spread)[1])
 
 
+def test_the_band_is_of_each_token_by_its_own_advantage():
+    batch = policy_batch(ratio=[[0.5, 0.5, 150.0, 150.0]], logps=[[-1, -1, -1, -1]], advantages=[[3, -1, -1, 3]])
+    weight = dispo_loss(batch).metrics["dispo/weight/mean"]
+    torch.testing.assert_close(weight, torch.tensor([[0.8, 0.5, 101.0, 11.0]], dtype=torch.float64))
+
+
+def test_bounds_have_the_precision_of_the_loss():
+    batch = policy_batch(ratio=[[0.5, 20.0]], logps=[[-1, -1]], advantages=[1])
+    weight = dispo_loss(batch, epsilon_pos_low=0.3, epsilon_pos_high=10.1).metrics["dispo/weight/mean"]
+    assert weight.tolist() == [[1 - 0.3, 1 + 10.1]]  # as float64 has them
+
+
 # -- config -----------------------------------------------------------------------------------------------------------
 
 

@@ -316,6 +316,24 @@ def test_the_variance_of_whole_groups_reaches_the_loss(tiny_model_path, tmp_path
         torch.testing.assert_close(variance[group == g], expected.expand(4))
 
 
+def test_the_range_of_rewards_normalises_the_variance(tiny_model_path, tmp_path):
+    def variances(**settings):
+        seen = []
+
+        class Watch(ETRTrainer):
+            def policy_loss(self, batch):
+                seen.append(batch.extras["outcome_variance"].clone())
+                return super().policy_loss(batch)
+
+        args = tiny_config(ETRConfig, tmp_path, lambda_macro=0.5, max_steps=1, **settings)
+        tiny_run(Watch, tiny_model_path, args)
+        return torch.cat(seen)
+
+    plain = variances()
+    assert plain.max() > 0
+    torch.testing.assert_close(variances(reward_range=[-1.0, 3.0]), plain / 16)
+
+
 def test_lora(tiny_model_path, tmp_path):
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     args = tiny_config(ETRConfig, tmp_path, lambda_macro=0.5)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny import loss_and_grad, parameter_gap, policy_batch, random_policy_batch, tiny_config, tiny_run, tiny_trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_trust.policy.base import PolicyBatch
+from trl_trust.policy.base import PolicyBatch, Rollouts
 from trl_trust.policy.mdpo import OPMDConfig, OPMDTrainer, opmd_advantages, opmd_loss
 
 
@@ -92,6 +92,18 @@ def test_recentring(recentre, loss, grad):
     got, got_grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=0.5, norm="none", recentre=recentre)
     assert got.item() == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(got_grad, f64(grad)[:, None] * batch.mask, atol=1e-6, rtol=0)
+
+
+def test_the_mean_of_recentring_carries_gradient():
+    """Where divisors differ within a group, what flows through the mean does not cancel."""
+    s = torch.tensor([0.2, -0.3, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
+    lengths, tau = f64(LENGTHS), 0.5
+    u = f64(R) - f64(R).mean() - tau * s
+    u = u - u.mean()
+    (expected,) = torch.autograd.grad((u.square() / (2 * tau) / lengths).mean(), s)
+    batch = group_batch(R, s.detach(), LENGTHS, tau)
+    _, grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=tau, norm="length", recentre=True)
+    torch.testing.assert_close(grad, expected[:, None] * batch.mask)
 
 
 def test_the_mean_baseline_is_more_conservative_than_the_mirror_step():
@@ -305,6 +317,16 @@ def test_the_baseline_reaches_the_loss_through_the_shuffle(tiny_model_path, tmp_
         r = rewards[group == g]
         expected = opmd_advantages(r[None], tau=0.3, baseline=baseline)[0]
         torch.testing.assert_close(advantages[group == g], expected)
+
+
+def test_each_process_takes_its_own_rows(tiny_model_path, tmp_path):
+    trainer = tiny_trainer(OPMDTrainer, tiny_model_path, tiny_config(OPMDConfig, tmp_path))
+    rewards, taken = f64([1, 0, 0, 0, 5, 9, 7, 7]), []
+    for rows in (slice(0, 4), slice(4, 8)):
+        rollouts = Rollouts([], [], [], [], rewards, 4, rows, {})
+        trainer.extend_rollouts(rollouts)
+        taken.append(rollouts.tensors["advantages"])
+    assert [x.tolist() for x in taken] == [[0.75, -0.25, -0.25, -0.25], [-2.0, 2.0, 0.0, 0.0]]
 
 
 def test_recentring_gets_whole_groups(tiny_model_path, tmp_path):

@@ -486,7 +486,8 @@ class FrozenRolloutsTrainer(GKDTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
         self._window = []  # micro-batches fetched and anchored, not yet trained on
-        self._trust_window = []  # (names, (K, 2) statistics) of the micro-batches since the last optimizer step
+        # (names, (K, 2) statistics) of the micro-batches since the last optimizer step, evaluation's apart
+        self._trust_window = {"train": [], "eval": []}
         self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
         # Past GKDTrainer's own constructor: it would put a teacher beside the policy for good, and needs one
         super(GKDTrainer, self).__init__(

@@ -18,15 +18,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
@@ -41,6 +42,8 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
+
+from ..settings import Count, Fraction, NonNegative, Positive, Range, Whole, Width, require
 
 
 logger = get_logger(__name__)
@@ -241,6 +244,38 @@ _OTHER_LOSSES = {
 }
 
 
+# What inherited fields may be that TRL 1.16 and transformers 5.23 take as they come, or refuse late and obscurely.
+_INHERITED = {
+    "num_generations": Annotated[int, Range(2, whole=True)],
+    "num_generations_eval": Count | None,
+    "num_iterations": Count,
+    "steps_per_generation": Count | None,
+    "generation_batch_size": Count | None,
+    "gradient_accumulation_steps": Count,
+    "per_device_train_batch_size": Count,
+    "per_device_eval_batch_size": Count,
+    "max_completion_length": Count | None,
+    "temperature": Positive,
+    "top_p": Annotated[float, Range(0, 1, above=True)],
+    "top_k": Annotated[int, Range(-1, whole=True)] | None,  # vLLM's -1 is 0 elsewhere
+    "min_p": Fraction | None,
+    "repetition_penalty": Positive,
+    "learning_rate": NonNegative,
+    "weight_decay": NonNegative,
+    "max_grad_norm": Width | None,
+    "warmup_steps": NonNegative | None,  # below 1 it is a share of the steps
+    "logging_steps": NonNegative,
+    "save_steps": NonNegative,
+    "beta": NonNegative,
+    "epsilon": Width,
+    "epsilon_high": Width | None,
+    "delta": Width | None,
+    "top_entropy_quantile": Fraction,
+    "entropy_coef": NonNegative,
+    "seed": Whole,
+}
+_MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
+
 # Fields of TRL 1.16 that shape the vLLM correction.
 _VLLM_WEIGHTS = (
     "vllm_importance_sampling_mode",
@@ -297,18 +332,37 @@ class TrustGRPOConfig(GRPOConfig):
         return not (self.anchors_on_sampler and self.use_vllm)
 
     def __post_init__(self):
+        self._check_inherited()  # before TRL computes with them
         super().__post_init__()
         self.validate()
 
+    def _check_inherited(self) -> None:
+        for name, kind in _INHERITED.items():
+            require(name, getattr(self, name), kind)
+
     def validate(self) -> None:
         """Check the fields this class adds or reinterprets. Subclasses extend it."""
+        self._check_inherited()
+        for name in _MAPPINGS:
+            value = getattr(self, name)
+            self._require(
+                value is None or isinstance(value, Mapping), name, "must be a mapping of names to values, or None"
+            )
+        if not self.use_vllm:  # whose names are those of another library, which may not be installed here
+            known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+            for name in self.generation_kwargs or ():
+                near = get_close_matches(name, known, n=1)
+                mend = f"did you mean {near[0]!r}?" if near else "see `transformers.GenerationConfig`"
+                if name not in known:
+                    raise ValueError(
+                        f"generation_kwargs={self.generation_kwargs!r}: generation knows no {name!r}; {mend}"
+                    )
         if self.loss_type not in AGGREGATIONS:
             mend = _OTHER_LOSSES.get(self.loss_type, "it is not known")
             raise ValueError(
                 f"loss_type={self.loss_type!r}: in {type(self).__name__}, `loss_type` is the aggregation only, one of "
                 f"{', '.join(AGGREGATIONS)}; for another policy term {mend}."
             )
-        self._require(self.num_iterations >= 1, "num_iterations", "must be at least 1: updates a generation batch")
         if self.importance_sampling_level not in ("token", "sequence"):
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} must be 'token' or 'sequence'."
@@ -390,12 +444,14 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     Beside the metrics of `GRPOTrainer` it logs, over the live tokens of each micro-batch:
 
-    - `trust/ratio/{min,p01,mean,p99,max}`: the importance ratio of the sampled tokens, to the anchor of the method;
+    - `trust/ratio/{min,p01,mean,p99,max}`: the importance ratio of the sampled tokens, to the anchor of the method.
+      Every `min` and `max`, of methods too, is over all micro-batches and processes since the last log;
     - `trust/ess`: effective sample size of the ratios, `(sum w)^2 / (n sum w^2)`;
     - `trust/kl`: KL(old || new) by the k3 estimator; `trust/tv`: mean of |new - old| over the sampled tokens'
       probabilities;
     - `trust/zero_grad`: fraction of tokens whose policy gradient is exactly zero; `trust/cut`: the part of it that has
-      a non-zero advantage, i.e. what the trust region cut (without any policy gradient it is not logged).
+      a non-zero advantage, i.e. what the trust region cut (without any policy gradient it is not logged);
+    - `trust/rewards/infinite`: rewards of a generation batch that were infinite, and so count as not given.
 
     Raises:
         ValueError: for settings the method cannot honour (see [`TrustGRPOConfig`]).
@@ -409,9 +465,11 @@ class TrustGRPOTrainer(GRPOTrainer):
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         elif not isinstance(args, self.config_class):
             args = self.config_class.from_grpo_config(args)
-        self._trust_window = []  # (names, (K, 2) statistics) of the micro-batches since the last optimizer step
+        # (names, (K, 2) statistics) of the micro-batches since the last optimizer step, evaluation's apart
+        self._trust_window = {"train": [], "eval": []}
         self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
         self._trust_rollouts = None  # arguments and result of the last `_calculate_rewards`
+        self._warned_of_rewards = False
         beta = args.beta
         if args.needs_reference and beta == 0.0:
             # TRL 1.16 loads, spreads and scores a reference (a copy, or the model without its adapter) unless `beta`
@@ -421,17 +479,44 @@ class TrustGRPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         finally:
             args.beta = beta  # the caller's, who may try again with the same `args`
+        for warning in self._warnings():
+            logger.warning(warning)
+
+    def _updates_are_on_policy(self) -> bool:
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def _warnings(self) -> Iterator[str]:
+        """What is legal and makes the trust region do nothing, or act on noise."""
+        args = self.args
         if args.needs_stale_rollouts and self._updates_are_on_policy():
-            logger.warning(
+            yield (
                 f"With gradient_accumulation_steps={args.gradient_accumulation_steps}, "
                 f"steps_per_generation={args.steps_per_generation} and num_iterations={args.num_iterations}, every "
                 f"update uses fresh rollouts: the importance ratio is identically 1 and the trust region of "
                 f"{self._name} does nothing. Set steps_per_generation to a multiple of gradient_accumulation_steps "
                 f"(2 or more times it), or num_iterations above 1."
             )
-
-    def _updates_are_on_policy(self) -> bool:
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+        if (found := active_dropout(self.model)) is not None:
+            name, rate = found
+            yield (
+                f"{name}={rate}: the policy is trained with dropout and scored without, so the importance ratio of "
+                f"fresh rollouts is not 1 but noise, and the trust region acts on it. Set {name} to 0, or "
+                f"disable_dropout=True."
+            )
+        # TRL 1.16 asks vLLM for the log-probabilities of what it samples from
+        sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p")} | (args.generation_kwargs or {})
+        cuts = {
+            "top_p": (sampling["top_p"] or 1) < 1,
+            "top_k": (sampling["top_k"] or 0) > 0,
+            "min_p": (sampling["min_p"] or 0) > 0,
+        }
+        if args.use_vllm and args.anchors_on_sampler and any(cuts.values()):
+            given = ", ".join(f"{name}={sampling[name]}" for name, cut in cuts.items() if cut)
+            yield (
+                f"{given}: the sampler renormalises its log-probabilities over the tokens that it keeps, so the ratio "
+                f"of {self._name}, which is to the sampler, is biased below 1. Leave top_p at 1, top_k at 0 and min_p "
+                f"unset."
+            )
 
     # -- what a method overrides -------------------------------------------------------------------------------------
 
@@ -470,6 +555,19 @@ class TrustGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # TRL 1.16: called once by `_generate_and_score_completions`; returns (N, functions), gathered over processes
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # An infinite reward counts as none: TRL would make its advantage NaN, or the largest number there is. NaN is
+        # what TRL makes of `None` itself.
+        infinite = rewards_per_func.isinf()
+        count = int(infinite.sum())
+        self.log_value("trust/rewards/infinite", count)
+        if count and not self._warned_of_rewards:
+            self._warned_of_rewards = True
+            names = [name for name, bad in zip(self.reward_func_names, infinite.any(0).tolist(), strict=True) if bad]
+            logger.warning(
+                f"{count} rewards of {', '.join(names)} are infinite and count as not given, as `None` does; "
+                f"trust/rewards/infinite goes on counting them. Let the function return finite numbers or `None`."
+            )
+        rewards_per_func = rewards_per_func.masked_fill(infinite, torch.nan)
         self._trust_rollouts = (inputs, prompts, completions, completion_ids_list, rewards_per_func)
         return rewards_per_func
 
@@ -767,13 +865,14 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _record(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
-        self._trust_window.append(local_statistics(metrics, mask))
+        mode = "train" if self.model.training else "eval"
+        window = self._trust_window[mode]
+        window.append(local_statistics(metrics, mask))
         if self.model.training and not self.accelerator.sync_gradients:
             return
-        names = [name for names, _ in self._trust_window for name in names]
-        stats = torch.cat([stats for _, stats in self._trust_window])  # (K, 2), of all micro-batches of the step
-        self._trust_window = []
-        mode = "train" if self.model.training else "eval"
+        names = [name for names, _ in window for name in names]
+        stats = torch.cat([stats for _, stats in window])  # (K, 2), of all micro-batches of the step
+        self._trust_window[mode] = []
         self._trust_gathered[mode].append((names, self.accelerator.gather(stats[None])))  # (processes, K, 2)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -783,6 +882,15 @@ class TrustGRPOTrainer(GRPOTrainer):
             self._metrics[mode][name] += values
         self._trust_gathered[mode] = []
         super().log(logs, start_time)
+
+
+def active_dropout(model: torch.nn.Module) -> tuple[str, float] | None:
+    """Name and rate of the first dropout module that drops something, a LoRA adapter's under `lora_dropout`."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            # PEFT keeps an adapter's at `...lora_dropout.ADAPTER`
+            return "lora_dropout" if "lora_dropout" in path else path.rpartition(".")[2], module.p
+    return None
 
 
 def _shuffle_groups(rollouts: dict[str, Any], group_size: int) -> dict[str, Any]:
@@ -858,7 +966,7 @@ def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple
         if x.shape not in (mask.shape, (len(mask), 1), ()):
             expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
             raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
-        groups[x.shape, _extremum(name), name in ("entropy", "kl") or name.startswith("clip_ratio/")].append(name)
+        groups[x.shape, _extremum(name), _is_stock(name)].append(name)
     stats = []
     rows = (mask > 0).any(1)  # (B,)
     for (shape, extremum, stock), names in groups.items():
@@ -881,14 +989,25 @@ def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple
 
 
 def read_gathered(gathered: list[tuple[list[str], Tensor]]) -> dict[str, list[float]]:
-    """Metrics by name, a value for each time they were recorded, of (names, (processes, K, 2) statistics)."""
+    """Metrics by name of (names, (processes, K, 2) statistics): a value for each micro-batch, to be averaged.
+
+    Extrema have one value, over all there is. Only those that TRL 1.16 logs too are, as TRL has it, one a micro-batch.
+    """
     found = defaultdict(list)
     if gathered:
         names = [name for names, _ in gathered for name in names]
         stats = torch.cat([stats for _, stats in gathered], dim=1).tolist()  # the one wait for the device
         for name, *by_process in zip(names, *stats, strict=True):
             found[name].append(_join_processes(name, by_process))
+    for name, values in found.items():
+        if (extremum := _extremum(name)) is not None and not _is_stock(name):
+            found[name] = [extremum((x for x in values if not math.isnan(x)), default=math.nan)]
     return found
+
+
+def _is_stock(name: str) -> bool:
+    """Whether TRL 1.16 logs a metric of this name."""
+    return name in ("entropy", "kl") or name.startswith("clip_ratio/")
 
 
 def _extremum(name: str):

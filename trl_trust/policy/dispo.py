@@ -43,12 +43,13 @@ def dispo_loss(
         positive = advantages > 0
     else:
         positive = (batch.rewards >= correct_threshold).unsqueeze(1)  # (B, 1)
-    low = torch.where(positive, max(0.0, 1 - epsilon_pos_low), max(0.0, 1 - epsilon_neg_low))
-    high = torch.where(positive, 1 + epsilon_pos_high, 1 + epsilon_neg_high)
-
     log_ratio = (batch.logps - batch.old_logps).detach()
     ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, T)
-    weight = torch.clamp(ratio, low.to(ratio), high.to(ratio))
+
+    number = lambda x: torch.full((), x, dtype=ratio.dtype, device=ratio.device)  # `where` makes floats float32
+    low = torch.where(positive, number(max(0.0, 1 - epsilon_pos_low)), number(max(0.0, 1 - epsilon_neg_low)))
+    high = torch.where(positive, number(1 + epsilon_pos_high), number(1 + epsilon_neg_high))
+    weight = torch.clamp(ratio, low, high)
 
     below, above = (ratio < low).float(), (ratio > high).float()
     pos = (positive & (advantages != 0)).float()
