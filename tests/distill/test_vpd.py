@@ -313,15 +313,16 @@ def test_masked_tokens_change_nothing(seed):  # 10
     [
         ({"e_step_every": -1}, "must be a whole number >= 0"),
         ({"e_step_every": 1.5}, "must be a whole number >= 0"),
-        ({"e_step_mode": "both"}, "must be one of replace, extra"),
-        ({"e_step_position": "during"}, "must be one of before, after"),
+        ({"e_step_mode": "both"}, "must be 'extra' or 'replace'"),
+        ({"e_step_position": "during"}, "must be 'before' or 'after'"),
         ({"e_step_beta": 0.0}, "must be a finite number > 0"),
         ({"shift_momentum": 1.0}, r"must be a number in \[0, 1\)"),
-        ({"reward_reduction": "max"}, "must be one of sum, mean"),
+        ({"reward_reduction": "max"}, "must be 'sum' or 'mean'"),
         ({"reward_clip": 0}, "must be a finite number > 0, or None"),
-        ({"single_class": "raise"}, "must be one of skip, use"),
-        ({"prior": "sliding"}, "must be one of dynamic, fixed"),
-        ({"distillation_mode": "logits"}, "must be one of topk_logits, full_logits, sampled_token"),
+        ({"single_class": "raise"}, "must be 'skip' or 'use'"),
+        ({"all_wrong": "raise"}, "must be 'skip' or 'use'"),
+        ({"prior": "sliding"}, "must be 'dynamic' or 'fixed'"),
+        ({"distillation_mode": "logits"}, "must be one of 'topk_logits', 'full_logits', 'sampled_token'"),
         ({"distillation_topk": 0}, "must be a whole number >= 1"),
         ({"distillation_alpha": 1.1}, r"must be a number in \[0, 1\]"),
         ({"distillation_mode": "sampled_token", "distillation_alpha": 0.5}, "must be 1 with"),
@@ -371,7 +372,9 @@ def say_digits(prompts, completions, answer, rewards, **kwargs):
 
 
 def vpd_config(path, **settings):
-    return tiny_config(VPDConfig, path, **{"learning_rate": 1e-3, **settings})
+    """E-steps that can be seen within four updates of one generation, and feedback on every failure."""
+    ours = {"learning_rate": 1e-3, "e_step_mode": "replace", "all_wrong": "use"}
+    return tiny_config(VPDConfig, path, **{**ours, **settings})
 
 
 def run(model_path, args, **kwargs):
@@ -438,6 +441,24 @@ def test_without_feedback_a_row_does_not_count(tiny_model_path, tmp_path):
         tokens += part["tool_mask"][i].sum().item()
     assert tokens == trainer._buffered_inputs[0]["num_items_in_batch"].item()
     assert [entry["vpd/e_skipped"] for entry in trainer.state.log_history if "vpd/e_skipped" in entry] == [1.0]
+
+
+def test_a_prompt_whose_responses_are_all_wrong_counts_in_neither_step(tiny_model_path, tmp_path):
+    """Whatever there is to say about them; the other prompts are as with `all_wrong="use"`."""
+    kinds = {}
+    for all_wrong in ("skip", "use"):
+        args = vpd_config(tmp_path, max_steps=1, max_completion_length=6, all_wrong=all_wrong)
+        rows = list(rows_of(run(tiny_model_path, args)))
+        solved = {part["group"][i].item() for reward, *_, part, i in rows if reward == 1.0}
+        for _, flags, prompt, _, part, i in rows:
+            live = part["group"][i].item() in solved or all_wrong == "use"
+            assert (flags == [0.0, 0.0, 0.0]) == (not live) == (part["tool_mask"][i].sum() == 0).item()
+            assert part["extras/success"][i].isnan() == (not live)
+            kinds.setdefault(all_wrong, []).append((part["group"][i].item() in solved, flags, prompt))
+        tokens = sum(part["tool_mask"][i].sum().item() for *_, part, i in rows)
+        assert tokens == rows[0][4]["num_items_in_batch"].item() > 0
+    assert {solved for solved, *_ in kinds["skip"]} == {True, False}
+    assert sorted(k for k in kinds["skip"] if k[0]) == sorted(k for k in kinds["use"] if k[0])
 
 
 def test_no_feedback_at_all_is_a_zero_loss_with_a_graph(tiny_model_path, tmp_path):
@@ -672,7 +693,9 @@ def test_the_sampled_token_form_in_a_run(tiny_model_path, tmp_path):
             checked.append(loss.item())
             return loss
 
-    args = vpd_config(tmp_path, e_step_every=0, loss_type="bnpo", distillation_mode="sampled_token")
+    args = vpd_config(
+        tmp_path, e_step_every=0, loss_type="bnpo", distillation_mode="sampled_token", distillation_is_clip=2.0
+    )
     trainer = tiny_run(Watch, tiny_model_path, args, feedback_func=say_digits, reward_funcs=reward_digits)
     assert len(checked) == 4
     assert trainer.state.log_history[0]["trust/zero_grad"] < 1.0  # here there is a gradient by the sampled token
@@ -771,23 +794,86 @@ def test_replace_makes_so_many_m_steps_between_two_e_steps(every, tiny_model_pat
     assert len(steps(trainer, "trust/ratio/max")) == len(steps(trainer, "entropy")) == 7  # telemetry on both
 
 
+def test_the_defaults_are_the_papers():
+    args = tiny_config(VPDConfig)
+    assert (args.e_step_every, args.e_step_mode, args.e_step_position) == (5, "extra", "before")
+    assert args.e_step_beta == 0.1 and args.prior == "dynamic" and args.distillation_is_clip is None
+    assert args.all_wrong == args.single_class == "skip" and args.distillation_alpha == 1.0
+
+
 @pytest.mark.parametrize("position", ["before", "after"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_extra_adds_an_update_to_every_nth_step(position, accumulation, tiny_model_path, tmp_path):  # 8
-    settings = dict(gradient_accumulation_steps=accumulation, max_steps=6, learning_rate=1e-2)
-    extra = vpd_config(tmp_path, e_step_every=3, e_step_mode="extra", e_step_position=position, **settings)
-    trainer, plain = (
-        run(tiny_model_path, extra),
-        run(tiny_model_path, vpd_config(tmp_path, e_step_every=0, **settings)),
-    )
-    assert steps(trainer, "vpd/e_loss") == [3, 6] and len(steps(trainer, "vpd/m_loss")) == 6
-    rates = [[entry["learning_rate"] for entry in t.state.log_history[:6]] for t in (trainer, plain)]
+def test_extra_adds_an_update_to_every_nth_rollout_batch(position, accumulation, tiny_model_path, tmp_path):  # 8
+    """Of 4 / accumulation updates each; before the first of them, or after the last."""
+    updates = 4 // accumulation
+    settings = dict(gradient_accumulation_steps=accumulation, max_steps=5 * updates, learning_rate=1e-2)
+    extra = vpd_config(tmp_path, e_step_every=2, e_step_mode="extra", e_step_position=position, **settings)
+    trainer = run(tiny_model_path, extra)
+    plain = run(tiny_model_path, vpd_config(tmp_path, e_step_every=0, **settings))
+    # logged with the update that follows: in the 2nd and 4th batch, or behind them
+    where = [updates + 1, 3 * updates + 1] if position == "before" else [2 * updates, 4 * updates]
+    assert steps(trainer, "vpd/e_loss") == where and trainer.rollout_batches == 5
+    assert len(steps(trainer, "vpd/m_loss")) == len(steps(plain, "vpd/m_loss")) == 5 * updates
+    history = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, plain)]
+    rates = [[entry["learning_rate"] for entry in entries] for entries in history]
     assert rates[0] == rates[1]  # the schedule does not notice
-    losses = [[entry["loss"] for entry in t.state.log_history[:6]] for t in (trainer, plain)]
-    first_changed = 2 if position == "before" else 3
+    losses = [[entry["loss"] for entry in entries] for entries in history]
+    first_changed = updates if position == "before" else 2 * updates
     assert losses[0][:first_changed] == losses[1][:first_changed]
     assert losses[0][first_changed] != losses[1][first_changed]
-    assert trainer.optimizer.optimizer.state[next(trainer.model.parameters())]["step"] == 8
+    assert trainer.optimizer.optimizer.state[next(trainer.model.parameters())]["step"] == 5 * updates + 2
+
+
+def test_extra_counts_batches_not_updates_or_iterations(tiny_model_path, tmp_path):  # 8
+    args = vpd_config(
+        tmp_path, e_step_every=5, e_step_mode="extra", steps_per_generation=1, num_iterations=2, max_steps=32,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer = run(tiny_model_path, args)
+    assert steps(trainer, "vpd/e_skipped") == [9, 19, 29]  # due in batches 5, 10 and 15, of two updates each
+
+
+def test_the_e_step_of_extra_is_one_update_on_the_whole_batch(tiny_model_path, tmp_path):
+    """Before the first of four M-steps, from plain forwards: its loss, and the parameters after both updates."""
+    args = vpd_config(
+        tmp_path,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_steps=1,
+        e_step_every=1,
+        e_step_mode="extra",
+        distillation_mode="full_logits",
+        loss_type="bnpo",
+    )
+    trainer = run(tiny_model_path, args)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    parameters = list(model.parameters())
+    rewards, success = [], []
+    for inputs in trainer._buffered_inputs:
+        teacher = sampled(plain_logits(model, as_teacher(inputs)), inputs)
+        student = sampled(plain_logits(model, inputs), inputs).detach()
+        rewards.append(0.1 * ((teacher - student) * inputs["completion_mask"]).sum(-1))
+        success.append(inputs["extras/success"])
+    rewards, success = torch.cat(rewards), torch.cat(success)
+    assert len(rewards) == 16
+    pos, neg = rewards[success == 1], rewards[success == 0]
+    shift = 0.5 * (pos.mean() + neg.mean()).detach()
+    loss = F.softplus(shift - pos).mean() + F.softplus(neg - shift).mean()
+    assert trainer.state.log_history[0]["vpd/e_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.data -= 0.1 * grad
+    inputs = trainer._buffered_inputs[0]
+    with torch.no_grad():
+        teacher = plain_logits(model, as_teacher(inputs))
+    kl = token_divergence(plain_logits(model, inputs), teacher)
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    m_loss = (kl * mask).sum() / mask.sum()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(m_loss.item(), rel=1e-3)
+    for p, grad in zip(parameters, torch.autograd.grad(m_loss, parameters), strict=True):
+        p.data -= 0.1 * grad
+    assert parameter_gap(trainer.model, model) < 1e-6
 
 
 def test_extra_before_keeps_the_policy_that_generated(tiny_model_path, tmp_path):
@@ -796,6 +882,7 @@ def test_extra_before_keeps_the_policy_that_generated(tiny_model_path, tmp_path)
         tmp_path,
         e_step_every=1,
         e_step_mode="extra",
+        distillation_is_clip=2.0,
         steps_per_generation=1,
         per_device_train_batch_size=16,
         learning_rate=1e-2,
@@ -919,7 +1006,7 @@ def test_a_fixed_prior_is_trls_reference(tiny_model_path, tmp_path):
 
 @pytest.mark.parametrize("mode", ["replace", "extra"])
 def test_a_lora_student(mode, tiny_model_path, tmp_path):
-    args = vpd_config(tmp_path, e_step_every=2, e_step_mode=mode, learning_rate=1e-2)
+    args = vpd_config(tmp_path, e_step_every=2 if mode == "replace" else 1, e_step_mode=mode, learning_rate=1e-2)
     trainer = run(tiny_model_path, args, peft_config=LoraConfig(r=4, target_modules="all-linear"))
     log = trainer.state.log_history
     assert all(entry["grad_norm"] > 0 for entry in log[:4]) and steps(trainer, "vpd/e_loss")
@@ -940,7 +1027,7 @@ def test_resuming_takes_up_shift_and_schedule(mode, tiny_model_path, tmp_path): 
     whole = run(tiny_model_path, vpd_config(tmp_path, **settings))
     saved = json.loads((tmp_path / "checkpoint-3" / "trl_trust_state.json").read_text())
     shifts = [entry["vpd/shift"] for entry in whole.state.log_history if "vpd/shift" in entry]
-    assert saved == {"shift": shifts[0]} and whole.shift == shifts[-1]
+    assert saved == {"shift": shifts[0], "rollout_batches": 3} and whole.shift == shifts[-1]
 
     again = tiny_trainer(
         VPDTrainer,
@@ -950,7 +1037,7 @@ def test_resuming_takes_up_shift_and_schedule(mode, tiny_model_path, tmp_path): 
         reward_funcs=reward_digits,
     )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert again.shift == pytest.approx(whole.shift, abs=1e-6)
+    assert again.shift == pytest.approx(whole.shift, abs=1e-6) and again.rollout_batches == 6
     assert steps(again, "vpd/e_loss") == steps(whole, "vpd/e_loss") == ([1, 4] if mode == "replace" else [2, 4, 6])
     assert parameter_gap(whole.model, again.model) < 1e-5
 
@@ -1022,7 +1109,7 @@ def test_two_processes_train_like_one(tiny_model_path, tmp_path):  # 9
     begin = torch.cat(
         [p.detach().flatten() for p in AutoModelForCausalLM.from_pretrained(tiny_model_path).parameters()]
     )
-    for mode, e_steps in (("replace", [1, 4]), ("extra", [2, 4])):
+    for mode, e_steps in (("replace", [1, 4]), ("extra", [3])):
         one, two, other = (torch.load(tmp_path / f"{mode}-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
         torch.testing.assert_close(two[0], other[0], rtol=0, atol=0)
         torch.testing.assert_close(two[0], one[0], rtol=1e-4, atol=2e-6)

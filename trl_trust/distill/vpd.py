@@ -2,20 +2,19 @@
 
 Nearest in TRL: not a loss of GRPO but the experimental `SDPOTrainer`. One network, two prompts: the student sees the
 prompt, the teacher the prompt with feedback on that very response. The M-step moves the student towards the teacher,
-by the reverse KL on the student's own samples. The E-step, every few steps, fits the teacher to the outcomes: an
-unpaired preference loss on its log-ratio to the student, which is the prior and slides along.
+by the reverse KL on the student's own samples. The E-step, on every few rollout batches, fits the teacher to the
+outcomes: an unpaired preference loss on its log-ratio to the student, which is the prior and slides along.
 
-Provenance: **structure confirmed**. The posterior, both objectives, the shift, shared weights, the schedule and
-`e_step_beta` come from third-party notes that quote the paper's equations (4, 5, 7); the paper's own text was not
-read. Prompt building, top-k and importance clip are those of SDPO's code (`lasgroup/SDPO`). Feedback for a correct
-response, token reductions, treatment of the vocabulary, and order and optimizer of the E-step are a reconstruction.
+Provenance: **exact** for both objectives, the shift, shared weights, the schedule (Section 3, equations 8 to 10,
+Algorithm 1) and the set-up (v2 of the paper). Prompt building, top-k and the importance clip, which the paper omits,
+are those of SDPO's code (`lasgroup/SDPO`). Open, and so ours: the shift's momentum (the text has a moving average,
+Algorithm 1 the batch's own), optimizer and clip of the E-step, and `e_step_mode="replace"`.
 """
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +30,12 @@ from ..policy.base import (
     Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
-    is_number,
     paper,
 )
 from ..policy.hidden import HiddenStates
+from ..settings import BelowOne, Count, Fraction, Number, Positive, Settings, Whole, check, setting
 from .common import finished
+from .feedback import as_text, insert_feedback, without_thoughts
 
 
 # feedback_func(prompts, completions, **columns) -> what there is to say about each completion, or None
@@ -86,7 +86,7 @@ def _keep(logps: Tensor, ids: Tensor, tail: bool) -> Tensor:
 
 
 def vpd_loss(
-    batch: PolicyBatch, *, distillation_mode: str = "topk_logits", distillation_is_clip: float | None = 2.0
+    batch: PolicyBatch, *, distillation_mode: str = "topk_logits", distillation_is_clip: float | None = None
 ) -> PolicyLoss:
     """The M-step: divergence of student and teacher per token, times `sg[min(exp(logps - old_logps), is_clip)]`.
 
@@ -183,66 +183,13 @@ _NO_ADVANTAGE = "no advantage enters; `success_reward_threshold` makes outcomes 
 
 
 @dataclass
-class VPDConfig(TrustGRPOConfig):
+class VPDConfig(TrustGRPOConfig, Settings):
     r"""
     Configuration of [`VPDTrainer`]: every field of [`TrustGRPOConfig`], the two steps, and the teacher's prompt.
 
     Names are those of TRL's `SDPOConfig` where it has the field. `disable_dropout` is `True`: with shared weights,
     dropout alone would set teacher and student apart. `loss_type` averages over the tokens of responses that have
     feedback: `"dapo"` over all such tokens, `"grpo"` over each response and then over all, as TRL's SDPO does.
-
-    Parameters:
-        e_step_every (`int`, *optional*, defaults to `5`):
-            M-steps to one E-step; 0 for no E-steps, which is self-distillation (SDPO with a live teacher).
-        e_step_mode (`str`, *optional*, defaults to `"replace"`):
-            `"replace"`: an E-step takes an optimizer step of its own, then `e_step_every` M-steps follow; works with
-            everything. `"extra"`: every `e_step_every`-th step makes an update more, which leaves the learning rate
-            schedule alone; not with DeepSpeed or FSDP1.
-        e_step_position (`str`, *optional*, defaults to `"before"`):
-            Whether the update of `"extra"` comes `"before"` or `"after"` the M-step.
-        e_step_beta (`float`, *optional*, defaults to `0.1`):
-            Scale, > 0, of the implicit reward.
-        shift_momentum (`float`, *optional*, defaults to `0.9`):
-            Of the running shift, in [0, 1); 0 takes each batch's own.
-        reward_reduction (`str`, *optional*, defaults to `"sum"`):
-            Of the log-ratios in the implicit reward: `"sum"` or `"mean"`, which does not saturate on long responses.
-        reward_clip (`float`, *optional*):
-            Bound, > 0, of the implicit reward. `None`: no bound.
-        single_class (`str`, *optional*, defaults to `"skip"`):
-            Where all outcomes are equal: `"skip"` the E-step (an M-step takes its place), or `"use"` the one class,
-            against the running shift.
-        prior (`str`, *optional*, defaults to `"dynamic"`):
-            Reference of the implicit reward: the student before the update, or `"fixed"`, the initial policy. That is
-            TRL's reference model (with a new adapter the model without it, of a trained one a copy), whose `kl` is
-            then logged.
-        distillation_mode (`str`, *optional*, defaults to `"topk_logits"`):
-            What the M-step compares: the student's likeliest tokens, all with `"full_logits"`, or `"sampled_token"`,
-            an estimate from the sampled tokens alone.
-        distillation_topk (`int`, *optional*, defaults to `100`):
-            Number of likeliest tokens, >= 1.
-        distillation_add_tail (`bool`, *optional*, defaults to `True`):
-            Whether the other tokens count, as one.
-        distillation_alpha (`float`, *optional*, defaults to `1.0`):
-            In [0, 1]: 1 is the reverse KL (the paper), 0 the forward KL, between them the Jensen-Shannon divergence.
-            `"sampled_token"` requires 1.
-        distillation_is_clip (`float`, *optional*, defaults to `2.0`):
-            Cap, > 0, of the importance weight of a token. `None`: no weight.
-        success_reward_threshold (`float`, *optional*, defaults to `0.5`):
-            Reward from which a response is a success.
-        feedback_func (`str`, *optional*):
-            Dotted path of a feedback function; a callable may be given to the trainer instead.
-        include_environment_feedback (`bool`, *optional*, defaults to `True`):
-            Whether the teacher reads the text of the feedback function or of the environment.
-        use_successful_as_teacher (`bool`, *optional*, defaults to `True`):
-            Whether it reads another response to the same prompt that succeeded.
-        remove_thinking_from_demonstration (`bool`, *optional*, defaults to `True`):
-            Whether that response is shown without its `<think>` blocks.
-        teacher_template (`str`, *optional*):
-            The teacher's prompt, with `{prompt}` and `{feedback}`. In a chat it is the last message of the user.
-        solution_template (`str`, *optional*):
-            How a successful response is shown, with `{solution}`.
-        max_teacher_prompt_length (`int`, *optional*, defaults to `10240`):
-            In tokens, > 0. A response whose teacher would have a longer prompt counts as one without feedback.
 
     Raises:
         ValueError: for values outside the above, templates without their place-holders, `disable_dropout=False`,
@@ -251,7 +198,7 @@ class VPDConfig(TrustGRPOConfig):
             `multi_objective_aggregation` other than TRL's default.
     """
 
-    unread_fields: ClassVar[dict[str, str]] = {
+    unread_fields = {
         **TrustGRPOConfig.unread_fields,
         "epsilon": _NO_RATIO,
         "epsilon_high": _NO_RATIO,
@@ -260,136 +207,96 @@ class VPDConfig(TrustGRPOConfig):
         "multi_objective_aggregation": _NO_ADVANTAGE,
     }
 
-    e_step_every: int = field(default=5, metadata={"help": "M-steps to one E-step; 0: none."})
-    e_step_mode: str = field(
-        default="replace",
-        metadata={
-            "help": "Whether an E-step takes an optimizer step of its own, or is one more update within a step.",
-            "choices": ["replace", "extra"],
-        },
+    e_step_every: Whole = setting(5, "Rollout batches (`replace`: M-steps) to one E-step; 0: none, which is SDPO.")
+    e_step_mode: Literal["extra", "replace"] = setting(
+        "extra",
+        "`extra`: every nth rollout batch makes an update more, on all of its rows. `replace`: an E-step takes an "
+        "optimizer step of its own, for DeepSpeed and FSDP1, where the former cannot be.",
     )
-    e_step_position: str = field(
-        default="before",
-        metadata={"help": "With `e_step_mode='extra'`: before or after the M-step.", "choices": ["before", "after"]},
+    e_step_position: Literal["before", "after"] = setting(
+        "before", "With `e_step_mode='extra'`: before the batch's first M-step, or after its last."
     )
-    e_step_beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward of the E-step."})
-    shift_momentum: float = field(
-        default=0.9, metadata={"help": "Momentum of the E-step's shift; 0: each batch's own."}
+    e_step_beta: Positive = setting(0.1, "Scale of the implicit reward of the E-step.")
+    shift_momentum: BelowOne = setting(0.9, "Momentum of the E-step's shift; 0: each batch's own.")
+    reward_reduction: Literal["sum", "mean"] = setting("sum", "Of log-ratios over tokens, in the implicit reward.")
+    reward_clip: Positive | None = setting(None, "Bound of the implicit reward. None: no bound.")
+    single_class: Literal["skip", "use"] = setting(
+        "skip", "Where all outcomes are equal: skip the E-step, or use the one class, against the running shift."
     )
-    reward_reduction: str = field(
-        default="sum",
-        metadata={"help": "Of log-ratios over tokens, in the implicit reward.", "choices": ["sum", "mean"]},
+    all_wrong: Literal["skip", "use"] = setting(
+        "skip",
+        "Where no response to a prompt is a success: leave the prompt out of both steps, or use what text there is.",
     )
-    reward_clip: float | None = field(default=None, metadata={"help": "Bound of the implicit reward. None: no bound."})
-    single_class: str = field(
-        default="skip",
-        metadata={
-            "help": "Where all outcomes are equal: skip the E-step, or use the one class.",
-            "choices": ["skip", "use"],
-        },
+    prior: Literal["dynamic", "fixed"] = setting(
+        "dynamic",
+        "Reference of the implicit reward: the student as it is, or the initial policy, i.e. TRL's reference model, "
+        "whose `kl` is then logged.",
     )
-    prior: str = field(
-        default="dynamic",
-        metadata={
-            "help": "Reference of the implicit reward: the student as it is, or the initial policy.",
-            "choices": ["dynamic", "fixed"],
-        },
+    distillation_mode: Literal["topk_logits", "full_logits", "sampled_token"] = setting(
+        "topk_logits", "What the M-step compares; `sampled_token` estimates from the sampled tokens alone."
     )
-    distillation_mode: str = field(
-        default="topk_logits",
-        metadata={
-            "help": "What the M-step compares.",
-            "choices": ["topk_logits", "full_logits", "sampled_token"],
-        },
+    distillation_topk: Count = setting(100, "The student's likeliest tokens to compare on.")
+    distillation_add_tail: bool = setting(True, "Whether the other tokens count, as one.")
+    distillation_alpha: Fraction = setting(
+        1.0, "1: reverse KL; 0: forward KL; between them: Jensen-Shannon divergence. `sampled_token` requires 1."
     )
-    distillation_topk: int = field(default=100, metadata={"help": "The student's likeliest tokens to compare on."})
-    distillation_add_tail: bool = field(default=True, metadata={"help": "Whether the other tokens count, as one."})
-    distillation_alpha: float = field(
-        default=1.0, metadata={"help": "1: reverse KL; 0: forward KL; between them: Jensen-Shannon divergence."}
+    distillation_is_clip: Positive | None = setting(
+        None, "Cap of a token's importance weight in the M-step. None: no weight."
     )
-    distillation_is_clip: float | None = field(
-        default=2.0, metadata={"help": "Cap of a token's importance weight in the M-step. None: no weight."}
+    success_reward_threshold: Number = setting(0.5, "Reward from which a response is a success.")
+    feedback_func: str | None = setting(
+        None, "Dotted path of feedback_func(prompts, completions, **columns) -> list[str | None]."
     )
-    success_reward_threshold: float = field(
-        default=0.5, metadata={"help": "Reward from which a response is a success."}
+    include_environment_feedback: bool = setting(True, "Whether the teacher reads feedback in words.")
+    use_successful_as_teacher: bool = setting(
+        True, "Whether it reads another, successful response to the same prompt."
     )
-    feedback_func: str | None = field(
-        default=None,
-        metadata={"help": "Dotted path of feedback_func(prompts, completions, **columns) -> list[str | None]."},
+    remove_thinking_from_demonstration: bool = setting(
+        True, "Whether that response is shown without its <think> blocks."
     )
-    include_environment_feedback: bool = field(
-        default=True, metadata={"help": "Whether the teacher reads feedback in words."}
+    teacher_template: str = setting(
+        "{prompt}\n\nAbout an earlier attempt at this:\n\n{feedback}\n\nNow answer it again, from the start.",
+        "The teacher's prompt, with {prompt} and {feedback}. In a chat it is the last message of the user.",
     )
-    use_successful_as_teacher: bool = field(
-        default=True, metadata={"help": "Whether it reads another, successful response to the same prompt."}
+    solution_template: str = setting(
+        "A solution that is right:\n\n{solution}", "How a successful response is shown, with {solution}."
     )
-    remove_thinking_from_demonstration: bool = field(
-        default=True, metadata={"help": "Whether that response is shown without its <think> blocks."}
+    max_teacher_prompt_length: Count = setting(
+        10240, "In tokens; a response whose teacher's prompt is longer has no feedback."
     )
-    teacher_template: str = field(
-        default="{prompt}\n\nAbout an earlier attempt at this:\n\n{feedback}\n\nNow answer it again, from the start.",
-        metadata={"help": "The teacher's prompt, with {prompt} and {feedback}."},
-    )
-    solution_template: str = field(
-        default="A solution that is right:\n\n{solution}",
-        metadata={"help": "How a successful response is shown, with {solution}."},
-    )
-    max_teacher_prompt_length: int = field(
-        default=10240, metadata={"help": "In tokens; a response whose teacher's prompt is longer has no feedback."}
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Required: dropout would set apart teacher and student, who share weights."}
-    )
+    disable_dropout: bool = setting(True, "Required: dropout would set apart teacher and student, who share weights.")
 
     def validate(self) -> None:
+        check(self)
         super().validate()
-        positive = lambda x: is_number(x, low=0.0) and x > 0
-        whole = lambda x, low: isinstance(x, int) and not isinstance(x, bool) and x >= low
-        modes = ("e_step_mode", "e_step_position", "distillation_mode")
-        for name in (*modes, "reward_reduction", "single_class", "prior"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-        self._require(whole(self.e_step_every, 0), "e_step_every", "must be a whole number >= 0")
-        for name in ("distillation_topk", "max_teacher_prompt_length"):
-            self._require(whole(getattr(self, name), 1), name, "must be a whole number >= 1")
-        self._require(positive(self.e_step_beta), "e_step_beta", "must be a finite number > 0")
-        for name in ("reward_clip", "distillation_is_clip"):
-            value = getattr(self, name)
-            self._require(value is None or positive(value), name, "must be a finite number > 0, or None")
-        momentum, alpha = self.shift_momentum, self.distillation_alpha
-        self._require(is_number(momentum, low=0.0) and momentum < 1, "shift_momentum", "must be a number in [0, 1)")
-        self._require(is_number(alpha, low=0.0) and alpha <= 1, "distillation_alpha", "must be a number in [0, 1]")
         if self.distillation_mode == "sampled_token":
-            self._require(alpha == 1, "distillation_alpha", "must be 1 with distillation_mode='sampled_token'")
-        threshold = "success_reward_threshold"
-        self._require(is_number(self.success_reward_threshold), threshold, "must be a finite number")
+            alpha = self.distillation_alpha
+            self.require(alpha == 1, "distillation_alpha", "must be 1 with distillation_mode='sampled_token'")
         self._require_places("teacher_template", "prompt", "feedback")
         self._require_places("solution_template", "solution")
-        self._require(
-            self.disable_dropout is True, "disable_dropout", "would set apart teacher and student; leave it True"
-        )
-        self._require(
+        self.require(self.disable_dropout, "disable_dropout", "would set apart teacher and student; leave it True")
+        self.require(
             self.neftune_noise_alpha is None,
             "neftune_noise_alpha",
             "would set apart teacher and student, as dropout would; leave it out",
         )
         if self.e_step_every:
             steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
-            self._require(
+            self.require(
                 steps % accumulation == 0,
                 "steps_per_generation",
                 f"must be a multiple of gradient_accumulation_steps={accumulation}: an E-step first looks at all "
-                f"rollouts of its optimizer step",
+                f"rollouts of its update",
             )
 
     def _require_places(self, name: str, *places: str) -> None:
         try:
             text = getattr(self, name).format(**{place: f"<{place}>" for place in places})
-        except (AttributeError, LookupError, ValueError):
+        except (LookupError, ValueError):
             text = ""
         found = all(f"<{place}>" in text for place in places)
         names = " and ".join(f"{{{place}}}" for place in places)
-        self._require(found, name, f"must hold {names} and no other place-holder; write other braces twice")
+        self.require(found, name, f"must hold {names} and no other place-holder; write other braces twice")
 
     @property
     def needs_reference(self) -> bool:
@@ -430,7 +337,8 @@ class VPDTrainer(TrustGRPOTrainer):
     Takes the arguments of [`trl.GRPOTrainer`]; `args` is a [`VPDConfig`], or a `GRPOConfig` for the defaults. Feedback
     on a response is text (of the feedback function or, without one, the attribute `feedback` of the rollout's
     environment) and another response to the same prompt that succeeded. A failure gets both, as far as they exist; a
-    success the other response, or else the text. A response with neither counts in neither step.
+    success the other response, or else the text. A response with neither counts in neither step, nor do the responses
+    to a prompt of which none succeeded.
 
     The teacher is the model itself on `teacher_template`, through the chat template where prompts are conversations.
     Both sets of logits exist only for a block of tokens at a time.
@@ -467,7 +375,8 @@ class VPDTrainer(TrustGRPOTrainer):
         self.feedback_func = (
             load_function(config.feedback_func, "feedback_func") if config.feedback_func else feedback_func
         )
-        self.shift: float | None = None  # of the E-step; saved with checkpoints
+        self.shift: float | None = None  # of the E-step; saved with checkpoints, as is the next
+        self.rollout_batches = 0  # begun so far
         self._e_step: EStep | None = None  # the one to be made in this optimizer step
         self._micro_batches: list[dict[str, Any]] = []
         self._pending: Any = None  # what the forward left for `policy_loss`
@@ -493,8 +402,11 @@ class VPDTrainer(TrustGRPOTrainer):
             raise ValueError("VPD writes the teacher's prompt as text: prompts with images are not supported.")
         rewards = rollouts.rewards.tolist()  # of all processes
         texts, solutions = self._texts(rollouts, rewards), self._solutions(rollouts, rewards)
+        solved = (rollouts.rewards >= self.args.success_reward_threshold).view(-1, rollouts.num_generations).any(1)
         feedback = []
         for i, row in enumerate(range(rollouts.rows.start, rollouts.rows.stop)):
+            if self.args.all_wrong == "skip" and not solved[row // rollouts.num_generations]:
+                texts[i] = None  # nor is there a solution
             if rewards[row] >= self.args.success_reward_threshold and solutions[i] is not None:
                 texts[i] = None  # a success needs no comment where there is another one to look at
             if solutions[i] is not None:
@@ -578,7 +490,7 @@ class VPDTrainer(TrustGRPOTrainer):
 
     def score_completions(self, model, inputs, batch_size=None):
         if self._in_e_step:
-            part = self._step % self.args.gradient_accumulation_steps
+            part = self.rollout_step % self.args.gradient_accumulation_steps
             self._pending, aux_loss = self._e_step_loss(model, inputs, part)
             return self._e_step.logps[part].clone().requires_grad_(), self._e_step.entropies[part], aux_loss
         *scored, self._pending = self._score_both(model, inputs)
@@ -641,15 +553,20 @@ class VPDTrainer(TrustGRPOTrainer):
 
     def begin_step(self, micro_batches: list[dict[str, Any]]) -> None:
         self._micro_batches, self._e_step = micro_batches, None
-        every, step = self.args.e_step_every, self.state.global_step
+        every = self.args.e_step_every
+        fresh = self.rollout_step == 0
+        self.rollout_batches += fresh
         if self.args.e_step_mode == "replace":
-            if every and step % (every + 1) == 0:
+            if every and self.state.global_step % (every + 1) == 0:
                 self._e_step = self._plan_e_step()
-        elif every and (step + 1) % every == 0 and self.args.e_step_position == "before":
+        elif fresh and self.args.e_step_position == "before":
             self._extra_e_step()
 
     def _extra_e_step(self) -> None:
-        """An E-step as an update of its own, at the current learning rate."""
+        """Where one is due, an E-step on the whole rollout batch: an update of its own, at the current rate."""
+        if not self.args.e_step_every or self.rollout_batches % self.args.e_step_every:
+            return
+        self._micro_batches = self.rollout_batch
         self._e_step = self._plan_e_step()
         if self._e_step is None:
             return
@@ -672,7 +589,7 @@ class VPDTrainer(TrustGRPOTrainer):
 
     @torch.no_grad()
     def _plan_e_step(self) -> EStep | None:
-        """Look at the optimizer step's rollouts before it; `None`, on every process, if the E-step is to be skipped.
+        """Look at the E-step's rollouts before it; `None`, on every process, if it is to be skipped.
 
         Two host synchronizations, on the steps that an E-step is due.
         """
@@ -713,10 +630,10 @@ class VPDTrainer(TrustGRPOTrainer):
         return EStep(logps, entropies, priors, self.shift, n_pos, n_neg)
 
     def method_state(self) -> dict[str, Any]:
-        return {} if self.shift is None else {"shift": self.shift}
+        return {"shift": self.shift, "rollout_batches": self.rollout_batches}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        self.shift = state["shift"]
+        self.shift, self.rollout_batches = state["shift"], state.get("rollout_batches", 0)
 
 
 class _AfterStep(TrainerCallback):
@@ -726,13 +643,8 @@ class _AfterStep(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.e_step_every == 0:
+        if self.trainer.rollout_step == 0:  # the last update on a rollout batch is made
             self.trainer._extra_e_step()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Words and prompts
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def as_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -744,34 +656,3 @@ def as_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
 def live_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, T) tokens that the model wrote, of responses that have feedback."""
     return (inputs["completion_mask"] * inputs["tool_mask"]).float()
-
-
-def insert_feedback(prompt: str | list[dict], feedback: str, template: str) -> str | list[dict]:
-    """The teacher's prompt: `template` in the place of the text or of the last message, which must be the user's."""
-    if isinstance(prompt, str):
-        return template.format(prompt=prompt, feedback=feedback)
-    *before, last = prompt
-    if last["role"] != "user":
-        raise ValueError(
-            f"a prompt ends with a message of role {last['role']!r}: VPD writes feedback into the last message, which "
-            f"must be the user's."
-        )
-    return [*before, {**last, "content": template.format(prompt=as_text([last]), feedback=feedback)}]
-
-
-def as_text(completion: str | list[dict]) -> str:
-    """Text, or what messages say, tool calls and results left out."""
-    if isinstance(completion, str):
-        return completion
-    contents = [message.get("content") or "" for message in completion if message["role"] != "tool"]
-    parts = [
-        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        for content in contents
-    ]
-    return "\n".join(filter(None, parts))
-
-
-def without_thoughts(text: str) -> str:
-    """`text` without `<think>` blocks: also one that the chat template has opened, or that was never closed."""
-    text = re.sub(r"(?s)\A(?:(?!<think>).)*?</think>\s*", "", text)
-    return re.sub(r"(?s)<think>.*?(?:</think>\s*|\Z)", "", text)

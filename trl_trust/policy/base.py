@@ -538,6 +538,17 @@ class TrustGRPOTrainer(GRPOTrainer):
         this reliable: otherwise the last, shorter accumulation of an epoch shifts the count.
         """
 
+    @property
+    def rollout_batch(self) -> list[dict[str, Any]]:
+        """The micro-batches of the last generation, as this process trains on them."""
+        return self._buffered_inputs  # TRL 1.16
+
+    @property
+    def rollout_step(self) -> int:
+        """How many micro-batches the last generation has served; 0 before the first and again after the last."""
+        # TRL 1.16: `_step` counts micro-batches from the start of the process
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
+
     def method_state(self) -> dict[str, Any]:
         """What the method carries from step to step, for JSON: written with each checkpoint unless it is empty."""
         return {}
