@@ -408,7 +408,7 @@ def test_saves_and_pushes_as_asked(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "changes", "said"),
     [
-        ("dispo", {"num_iterations": 0}, "num_iterations=0 must be at least 1"),
+        ("dispo", {"num_iterations": 0}, "num_iterations=0 must be a whole number >= 1"),
         ("dispo", {"optim": "auon", "optim_args": "foo=1"}, "optim_args of optim='auon' has unknown keys: foo"),
         ("dispo", {"resume_from_checkpoint": "true"}, "there is no checkpoint in output_dir="),
         ("dispo", {"resume_from_checkpoint": "nope"}, "resume_from_checkpoint='nope': no such folder"),

@@ -182,6 +182,12 @@ def test_parsers_see_plain_types():
         parser.parse_args_into_dataclasses(["--mode", "js"])
 
 
+def test_a_type_without_a_kind_is_not_checked():
+    Config(terms=None)
+    require("x", None, float)
+    require("x", "text", list[int])
+
+
 def test_unread_under_a_condition():
     config = Config(cap=3.0)
     with pytest.raises(ValueError, match=r"cap=3.0: Config does not read `cap`; set mode='kl'. Leave it at None."):

@@ -12,7 +12,7 @@ import pytest
 import trl
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOTrainer
+from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOConfig, TrustGRPOTrainer
 
 
 WRITTEN_AGAINST = "1.16.0"
@@ -58,7 +58,7 @@ def test_every_multimodal_input_is_known():
 def test_the_loss_reads_no_config_field_that_the_base_does_not_know():
     """Fields of GRPOConfig that stock's loss names: each is honoured by the base or refused by its config."""
     source = inspect.getsource(GRPOTrainer._compute_loss)
-    base = inspect.getsource(inspect.getmodule(TrustGRPOTrainer))
+    base = "".join(inspect.getsource(inspect.getmodule(ours)) for ours in (TrustGRPOTrainer, TrustGRPOConfig))
     fields = [name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source]
     assert len(fields) > 5
     assert [name for name in fields if name not in base] == []

@@ -100,13 +100,15 @@ class Setting:
     optional: bool = False
 
     def allows(self, value: Any) -> bool:
+        if not self.words:
+            return True
         if value is None:
             return self.optional
         if self.range is not None:
             return value in self.range
         if self.choices:
             return value in self.choices
-        return isinstance(value, self.type) if self.type in (bool, str) else True
+        return isinstance(value, self.type)
 
     @property
     def words(self) -> str:

@@ -28,18 +28,16 @@ from trl_trust import (
     TrustGRPOTrainer,
 )
 from trl_trust.methods import METHODS, get_method
-from trl_trust.policy.base import (
-    AGGREGATIONS,
-    MULTIMODAL_INPUTS,
-    PolicyLoss,
+from trl_trust.policy.base import MULTIMODAL_INPUTS, _shuffle_groups, paper
+from trl_trust.policy.config import AGGREGATIONS
+from trl_trust.policy.telemetry import (
     _join_processes,
-    _shuffle_groups,
     local_statistics,
     masked_quantiles,
-    paper,
     read_gathered,
     telemetry,
 )
+from trl_trust.policy.terms import PolicyLoss
 from trl_trust.quickstart.task import build_tokenizer, problems
 
 

@@ -18,7 +18,6 @@ All log-probabilities are of sampled tokens, so the vocabulary is never held. Th
 once, before training, and never in memory together with the student's gradients.
 """
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -38,19 +37,9 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from ..policy.base import (
-    LOG_RATIO_LIMIT,
-    PolicyBatch,
-    PolicyLoss,
-    TrustGRPOTrainer,
-    apart,
-    clipped_surrogate,
-    is_number,
-    paper,
-    read_gathered,
-    sequence_mean,
-    telemetry,
-)
+from ..policy.base import is_number, paper
+from ..policy.telemetry import TrustTelemetry, apart, telemetry
+from ..policy.terms import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, clipped_surrogate, sequence_mean
 from .common import check_token_ids
 from .rollouts import collate_rollouts, completion_logps, max_id, prepare_rollouts
 
@@ -429,7 +418,7 @@ class ERPDConfig(GKDConfig):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class FrozenRolloutsTrainer(GKDTrainer):
+class FrozenRolloutsTrainer(TrustTelemetry, GKDTrainer):
     """
     What the two stages of ERPD share: [`~trl.experimental.gkd.GKDTrainer`] on rollouts that do not change.
 
@@ -486,9 +475,7 @@ class FrozenRolloutsTrainer(GKDTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
 
         self._window = []  # micro-batches fetched and anchored, not yet trained on
-        # (names, (K, 2) statistics) of the micro-batches since the last optimizer step, evaluation's apart
-        self._trust_window = {"train": [], "eval": []}
-        self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
+        self._start_telemetry()
         # Past GKDTrainer's own constructor: it would put a teacher beside the policy for good, and needs one
         super(GKDTrainer, self).__init__(
             model,
@@ -645,20 +632,12 @@ class FrozenRolloutsTrainer(GKDTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulation
         return loss
 
-    def settings(self, loss) -> dict[str, Any]:
-        """The keyword arguments of a pure loss, read from the config's fields of the same names."""
-        parameters = inspect.signature(loss).parameters.values()
-        return {p.name: getattr(self.args, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
-
     # -- metrics and model card --------------------------------------------------------------------------------------
-
-    _record = TrustGRPOTrainer._record  # one gather a step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        values, self._trust_gathered[mode] = read_gathered(self._trust_gathered[mode]), []
         prefix = "" if mode == "train" else "eval_"
-        for name, numbers in values.items():
+        for name, numbers in self._recorded(mode).items():
             numbers = [x for x in numbers if not math.isnan(x)]
             if numbers:
                 logs[f"{prefix}{name}"] = sum(numbers) / len(numbers)

@@ -10,26 +10,22 @@ and a trainer whose `policy_loss` calls it. This is the only module that knows t
 private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails when the installed TRL differs.
 """
 
-import copy
-import inspect
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
@@ -43,17 +39,59 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
     unsplit_pixel_values_by_grid,
 )
 
-from ..settings import Count, Fraction, NonNegative, Positive, Range, Whole, Width, require
+from .config import AGGREGATIONS, TrustGRPOConfig, is_number
+from .telemetry import (
+    TrustTelemetry,
+    apart,
+    local_statistics,
+    masked_quantiles,
+    read_gathered,
+    telemetry,
+)
+from .terms import (
+    LOG_RATIO_LIMIT,
+    PolicyBatch,
+    PolicyLoss,
+    beyond,
+    clip_ratios,
+    clipped_surrogate,
+    grpo_loss,
+    importance_ratio,
+    k3,
+    sequence_mean,
+)
 
+
+# what a method module needs is found here too, and always was
+__all__ = [
+    "AGGREGATIONS",
+    "LOG_RATIO_LIMIT",
+    "MULTIMODAL_INPUTS",
+    "PolicyBatch",
+    "PolicyLoss",
+    "Rollouts",
+    "TrustGRPOConfig",
+    "TrustGRPOTrainer",
+    "apart",
+    "beyond",
+    "clip_ratios",
+    "clipped_surrogate",
+    "grpo_loss",
+    "importance_ratio",
+    "is_number",
+    "k3",
+    "local_statistics",
+    "masked_quantiles",
+    "paper",
+    "read_gathered",
+    "sequence_mean",
+    "telemetry",
+]
 
 logger = get_logger(__name__)
 
 METHOD_STATE_FILE = "trl_trust_state.json"  # in a checkpoint's folder
 
-AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
-
-# |log ratio| beyond which exp() is capped in telemetry and in methods whose spec allows it: e^20 is 5e8.
-LOG_RATIO_LIMIT = 20.0
 
 # Inputs that a multimodal model reads besides token ids; the names `GRPOTrainer` gives them.
 MULTIMODAL_INPUTS = (
@@ -77,66 +115,6 @@ def paper(title: str, arxiv: str) -> dict[str, str]:
     body = "".join(f"    {name:6} = {{{value}}},\n" for name, value in entries.items())
     citation = f"@misc{{{key},\n{body}}}"
     return {"title": title, "id": arxiv, "citation": citation}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What a policy term sees and returns
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PolicyBatch:
-    """What a policy term may read. B responses, T completion tokens; only `logps` (and `entropies`) carry gradient.
-
-    Attributes:
-        logps: (B, T) log-probabilities of the sampled tokens under the policy being trained.
-        old_logps: (B, T) the same under the policy at generation time, as the trainer computed it.
-        mask: (B, T) 1 where a token counts: inside the completion, and written by the model rather than by a tool.
-        advantages: (B, 1), or (B, T) from subclasses that give one per token.
-        entropies: (B, T) entropy of the next-token distribution at each position, in nats.
-        ref_logps: (B, T) under the reference model; `None` when `beta` is 0 and the method does not need it.
-        sampling_logps: (B, T) as reported by the sampler (vLLM), NaN where it could not score a token; `None` without.
-        rewards: (B,) weighted sum of the rewards, NaN where no reward function scored the response.
-        group: (B,) index of the prompt a response answers, within the generation batch and over all processes.
-        extras: row tensors that the method added in [`TrustGRPOTrainer.extend_rollouts`], by name.
-    """
-
-    logps: Tensor
-    old_logps: Tensor
-    mask: Tensor
-    advantages: Tensor
-    entropies: Tensor | None = None
-    ref_logps: Tensor | None = None
-    sampling_logps: Tensor | None = None
-    rewards: Tensor | None = None
-    group: Tensor | None = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def sampler_logps(self) -> Tensor:
-        """(B, T) log-probabilities under the policy that generated: the sampler's where known, else `old_logps`."""
-        if self.sampling_logps is None:
-            return self.old_logps
-        return torch.where(self.sampling_logps.isnan(), self.old_logps, self.sampling_logps)
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """What a policy term returns.
-
-    Attributes:
-        per_token_loss: (B, T), or (B, 1) when a response is one action. Positions outside the mask may hold anything
-            finite.
-        metrics: name to tensor. A (B, T) tensor is averaged over the live tokens, a (B, 1) tensor over the responses,
-            a 0-d tensor over processes; where the name ends in `min` or `max`, the extremum is taken instead. NaN
-            entries do not count. Names must not depend on the data: every process has to report the same ones.
-        batch_loss: 0-d term for losses that are no sum over rows (pairwise ones). It is added after aggregation and
-            divided by the number of accumulated micro-batches; masks and corrections do not touch it.
-    """
-
-    per_token_loss: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    batch_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,277 +142,7 @@ class Rollouts:
     tensors: dict[str, Any]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The clipped term that GRPO, GSPO and several methods share
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor, delta: float | None = None
-) -> Tensor:
-    """PPO's pessimistic surrogate, as a loss: `-min(min(ratio, delta) A, clip(ratio, 1 - low, 1 + high) A)`.
-
-    Args:
-        ratio: (B, T) or (B, 1).
-        advantages: broadcastable to `ratio`.
-        low, high: widths below and above 1, a number or a tensor broadcastable to `ratio`.
-        delta: cap of the unclipped branch (two-sided clipping, INTELLECT-2); `None` for none.
-    """
-    clipped = torch.clamp(ratio, 1 - low, 1 + high)
-    if delta is not None:
-        ratio = torch.clamp(ratio, max=delta)
-    return -torch.min(ratio * advantages, clipped * advantages)
-
-
-def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) to (B, 1): mean of `x` over each response's live tokens, 0 for a response without any."""
-    return (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
-
-
-def clip_ratios(ratio: Tensor, batch: PolicyBatch, low: float | Tensor, high: float | Tensor) -> dict[str, Tensor]:
-    """The metrics `clip_ratio/*` as TRL logs them, for [`clipped_surrogate`] of `ratio`, (B, T) or (B, 1)."""
-    too_low = ((ratio < 1 - low) & (batch.advantages < 0)).float()
-    too_high = ((ratio > 1 + high) & (batch.advantages > 0)).float()
-    # NaN, not 0, for an empty response: it has no clip ratio that could be the smallest
-    by_sequence = lambda x: x if x.shape[1] == 1 else (x * batch.mask).sum(-1, keepdim=True) / batch.mask.sum(-1, True)
-    return {
-        "clip_ratio/low_mean": too_low,
-        "clip_ratio/high_mean": too_high,
-        "clip_ratio/region_mean": too_low + too_high,
-        "clip_ratio/low_min": by_sequence(too_low),
-        "clip_ratio/high_max": by_sequence(too_high),
-    }
-
-
-def grpo_loss(
-    batch: PolicyBatch,
-    *,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    importance_sampling_level: str = "token",
-) -> PolicyLoss:
-    """GRPO's clipped term (arXiv 2402.03300, eq. 3), or GSPO's (2507.18071) at `importance_sampling_level="sequence"`.
-
-    It is TRL's own term in the shape of this package: the proof that the base loses nothing, and what other methods
-    reduce to. Metrics: `clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean}`, as TRL logs them.
-    """
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    log_ratio = batch.logps - batch.old_logps  # (B, T)
-    if importance_sampling_level == "sequence":
-        log_ratio = sequence_mean(log_ratio, batch.mask)  # (B, 1)
-    ratio = torch.exp(log_ratio)
-
-    capped = ratio if delta is None else torch.clamp(ratio, max=delta)
-    return PolicyLoss(
-        clipped_surrogate(ratio, batch.advantages, epsilon, epsilon_high, delta),
-        clip_ratios(capped, batch, epsilon, epsilon_high),
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Config
-# --------------------------------------------------------------------------------------------------------------------
-
-_OTHER_LOSSES = {
-    "cispo": "use `DISPOConfig` with equal widths, which is CISPO, or `trl.GRPOTrainer`",
-    "sapo": "use `trl.GRPOTrainer`",
-    "vespo": "use `trl.GRPOTrainer`",
-    "luspo": "use `trl.GRPOTrainer`",
-}
-
-
-# What inherited fields may be that TRL 1.16 and transformers 5.23 take as they come, or refuse late and obscurely.
-_INHERITED = {
-    "num_generations": Annotated[int, Range(2, whole=True)],
-    "num_generations_eval": Count | None,
-    "num_iterations": Count,
-    "steps_per_generation": Count | None,
-    "generation_batch_size": Count | None,
-    "gradient_accumulation_steps": Count,
-    "per_device_train_batch_size": Count,
-    "per_device_eval_batch_size": Count,
-    "max_completion_length": Count | None,
-    "temperature": Positive,
-    "top_p": Annotated[float, Range(0, 1, above=True)],
-    "top_k": Annotated[int, Range(-1, whole=True)] | None,  # vLLM's -1 is 0 elsewhere
-    "min_p": Fraction | None,
-    "repetition_penalty": Positive,
-    "learning_rate": NonNegative,
-    "weight_decay": NonNegative,
-    "max_grad_norm": Width | None,
-    "warmup_steps": NonNegative | None,  # below 1 it is a share of the steps
-    "logging_steps": NonNegative,
-    "save_steps": NonNegative,
-    "beta": NonNegative,
-    "epsilon": Width,
-    "epsilon_high": Width | None,
-    "delta": Width | None,
-    "top_entropy_quantile": Fraction,
-    "entropy_coef": NonNegative,
-    "seed": Whole,
-}
-_MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
-
-# Fields of TRL 1.16 that shape the vLLM correction.
-_VLLM_WEIGHTS = (
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min",
-)
-
-
-@dataclass
-class TrustGRPOConfig(GRPOConfig):
-    r"""
-    Configuration of [`TrustGRPOTrainer`]: every field of [`trl.GRPOConfig`], with two changes of meaning.
-
-    `loss_type` is the *aggregation* only (`"grpo"`, `"bnpo"`, `"dr_grpo"`, `"dapo"`), since the policy term is the
-    method. And nothing is ignored in silence: a field that the method does not read raises when it is set.
-
-    Raises:
-        ValueError: at construction, for a `loss_type` that names another policy term, a field in `unread_fields` that
-            differs from TRL's default, or a batch that cannot hold whole groups where the method needs them.
-    """
-
-    loss_type: str = field(
-        default="dapo", metadata={"help": "Aggregation of the per-token loss: grpo, bnpo, dr_grpo or dapo."}
-    )
-
-    # field -> what to do instead; subclasses extend it
-    unread_fields: ClassVar[dict[str, str]] = {
-        "sapo_temperature_neg": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
-        "sapo_temperature_pos": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
-        "vespo_k_pos": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
-        "vespo_lambda_pos": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
-        "vespo_k_neg": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
-        "vespo_lambda_neg": "it belongs to `loss_type='vespo'` of `trl.GRPOTrainer`",
-    }
-
-    @property
-    def anchors_on_sampler(self) -> bool:
-        """Whether the ratio is taken to the sampling policy; then the vLLM correction is not applied a second time."""
-        return False
-
-    @property
-    def needs_whole_groups(self) -> bool:
-        """Whether a micro-batch must hold all responses to its prompts."""
-        return False
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the method reads `PolicyBatch.ref_logps` even where `beta` is 0."""
-        return False
-
-    @property
-    def needs_stale_rollouts(self) -> bool:
-        """Whether the trust region does nothing as long as every update uses fresh rollouts."""
-        return not (self.anchors_on_sampler and self.use_vllm)
-
-    def __post_init__(self):
-        self._check_inherited()  # before TRL computes with them
-        super().__post_init__()
-        self.validate()
-
-    def _check_inherited(self) -> None:
-        for name, kind in _INHERITED.items():
-            require(name, getattr(self, name), kind)
-
-    def validate(self) -> None:
-        """Check the fields this class adds or reinterprets. Subclasses extend it."""
-        self._check_inherited()
-        for name in _MAPPINGS:
-            value = getattr(self, name)
-            self._require(
-                value is None or isinstance(value, Mapping), name, "must be a mapping of names to values, or None"
-            )
-        if not self.use_vllm:  # whose names are those of another library, which may not be installed here
-            known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-            for name in self.generation_kwargs or ():
-                near = get_close_matches(name, known, n=1)
-                mend = f"did you mean {near[0]!r}?" if near else "see `transformers.GenerationConfig`"
-                if name not in known:
-                    raise ValueError(
-                        f"generation_kwargs={self.generation_kwargs!r}: generation knows no {name!r}; {mend}"
-                    )
-        if self.loss_type not in AGGREGATIONS:
-            mend = _OTHER_LOSSES.get(self.loss_type, "it is not known")
-            raise ValueError(
-                f"loss_type={self.loss_type!r}: in {type(self).__name__}, `loss_type` is the aggregation only, one of "
-                f"{', '.join(AGGREGATIONS)}; for another policy term {mend}."
-            )
-        if self.importance_sampling_level not in ("token", "sequence"):
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} must be 'token' or 'sequence'."
-            )
-        unread = dict(self.unread_fields)
-        if self.use_vllm and self.anchors_on_sampler:
-            unread |= dict.fromkeys(
-                _VLLM_WEIGHTS, "the ratio is already to the sampler, so there is nothing to correct"
-            )
-        for name, mend in unread.items():
-            value, default = getattr(self, name), GRPOConfig.__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r}: {type(self).__name__} does not read `{name}`; {mend}. Leave it at {default!r}."
-                )
-        if self.needs_whole_groups:
-            self._check_whole_groups("per_device_train_batch_size", "num_generations")
-            if self.eval_strategy != "no":
-                generations = "num_generations" if self.num_generations_eval is None else "num_generations_eval"
-                self._check_whole_groups("per_device_eval_batch_size", generations)
-
-    def _check_whole_groups(self, batch: str, generations: str) -> None:
-        size, group = getattr(self, batch), getattr(self, generations)
-        if size % group != 0:
-            raise ValueError(
-                f"{batch}={size}: {type(self).__name__} compares the responses to one prompt, so a micro-batch must "
-                f"hold whole groups. Make it a multiple of {generations}={group}; accumulation leaves the number of "
-                f"prompts an update free."
-            )
-
-    def _require(self, ok: bool, name: str, mend: str) -> None:
-        """Raise `ValueError` naming the field and its value unless `ok`."""
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r} {mend}.")
-
-    @classmethod
-    def from_grpo_config(cls, args: GRPOConfig) -> "TrustGRPOConfig":
-        """Turn a plain `GRPOConfig` into this class, so that swapping the trainer class alone is enough.
-
-        A field at TRL's default takes this class's default where the two differ.
-
-        Raises:
-            ValueError: for the config of another method of this package, whose settings would be lost.
-        """
-        if isinstance(args, TrustGRPOConfig) and not issubclass(cls, type(args)):
-            raise ValueError(
-                f"args is a {type(args).__name__}, the config of another method: use a {cls.__name__}, or a "
-                f"GRPOConfig for the defaults of the method."
-            )
-        # `args` is already processed (dtypes, derived batch sizes), so it is copied, not constructed a second time
-        config = copy.copy(args)
-        config.__class__ = cls
-        for f in fields(cls):
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            theirs = GRPOConfig.__dataclass_fields__.get(f.name)
-            if theirs is None or (getattr(args, f.name) == theirs.default != default):
-                setattr(config, f.name, default)
-        config.validate()
-        return config
-
-
-def is_number(x: Any, *, low: float = -math.inf, finite: bool = True) -> bool:
-    """Whether `x` is a number of at least `low`, not NaN, and finite unless `finite=False`."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and x >= low and (math.isfinite(x) or not finite)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Trainer
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class TrustGRPOTrainer(GRPOTrainer):
+class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
     """
     [`trl.GRPOTrainer`] with an exchangeable policy term; on its own, GRPO or GSPO with the `trust/` telemetry.
 
@@ -465,9 +173,6 @@ class TrustGRPOTrainer(GRPOTrainer):
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         elif not isinstance(args, self.config_class):
             args = self.config_class.from_grpo_config(args)
-        # (names, (K, 2) statistics) of the micro-batches since the last optimizer step, evaluation's apart
-        self._trust_window = {"train": [], "eval": []}
-        self._trust_gathered = {"train": [], "eval": []}  # (names, (processes, K, 2)) of the steps since the last log
         self._trust_rollouts = None  # arguments and result of the last `_calculate_rewards`
         self._warned_of_rewards = False
         beta = args.beta
@@ -555,11 +260,6 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take up what [`method_state`] returned when the checkpoint was written."""
-
-    def settings(self, loss: Callable[..., PolicyLoss]) -> dict[str, Any]:
-        """The keyword arguments of a pure loss, read from the config's fields of the same names."""
-        parameters = inspect.signature(loss).parameters.values()
-        return {p.name: getattr(self.args, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     # -- rollouts: carry rewards, groups and extras along ------------------------------------------------------------
 
@@ -874,24 +574,11 @@ class TrustGRPOTrainer(GRPOTrainer):
 
     # -- metrics: one gather a step, one host synchronisation a log --------------------------------------------------
 
-    @torch.no_grad()
-    def _record(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        window = self._trust_window[mode]
-        window.append(local_statistics(metrics, mask))
-        if self.model.training and not self.accelerator.sync_gradients:
-            return
-        names = [name for names, _ in window for name in names]
-        stats = torch.cat([stats for _, stats in window])  # (K, 2), of all micro-batches of the step
-        self._trust_window[mode] = []
-        self._trust_gathered[mode].append((names, self.accelerator.gather(stats[None])))  # (processes, K, 2)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         # TRL 1.16: `_metrics` maps a name to the values since the last log, which it averages, NaN left out
-        for name, values in read_gathered(self._trust_gathered[mode]).items():
+        for name, values in self._recorded(mode).items():
             self._metrics[mode][name] += values
-        self._trust_gathered[mode] = []
         super().log(logs, start_time)
 
 
@@ -915,122 +602,3 @@ def _shuffle_groups(rollouts: dict[str, Any], group_size: int) -> dict[str, Any]
         return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
 
     return {name: permute(value) for name, value in rollouts.items()}
-
-
-def apart(logps: Tensor) -> Tensor:
-    """`logps` as a tensor of its own, at which the gradient of [`telemetry`] ends.
-
-    Never the tensor that the model returned: DeepSpeed 0.19 hooks the gradient of what its engine returns, and starts
-    its own backward where one arrives. Without a graph a leaf, so that the policy gradient is seen in evaluation too.
-    """
-    return logps.view_as(logps) if torch.is_grad_enabled() else logps.detach().requires_grad_()
-
-
-def telemetry(batch: PolicyBatch, policy: PolicyLoss, anchor_logps: Tensor) -> dict[str, Tensor]:
-    """The `trust/` metrics that every method logs; see [`TrustGRPOTrainer`]."""
-    gradient = None
-    if policy.per_token_loss.requires_grad or (policy.batch_loss is not None and policy.batch_loss.requires_grad):
-        # The graph between `logps` and the term is elementwise: this never reaches the model
-        with torch.enable_grad():
-            total = (policy.per_token_loss * batch.mask).sum()
-            total = total if policy.batch_loss is None else total + policy.batch_loss
-            (gradient,) = torch.autograd.grad(total, batch.logps, retain_graph=True, allow_unused=True)
-    with torch.no_grad():
-        live = batch.mask > 0
-        logps = batch.logps.detach()
-        log_ratio = (logps - anchor_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).masked_fill(~live, 0.0)  # (B, T)
-        ratio = torch.exp(log_ratio)
-        p01, p99 = masked_quantiles(ratio, live, (0.01, 0.99))
-        weight = ratio * batch.mask
-        ess = weight.sum().square() / (weight.square().sum() * batch.mask.sum())  # NaN without live tokens
-        zero = torch.ones_like(ratio) if gradient is None else (gradient == 0).float()
-        cut = torch.full_like(ratio, torch.nan) if gradient is None else zero * (batch.advantages != 0)
-        return {
-            "trust/ratio/min": ratio,
-            "trust/ratio/p01": p01,
-            "trust/ratio/mean": ratio,
-            "trust/ratio/p99": p99,
-            "trust/ratio/max": ratio,
-            "trust/ess": ess,
-            "trust/kl": ratio - 1 - log_ratio,
-            "trust/tv": (logps.exp() - anchor_logps.exp()).abs(),
-            "trust/zero_grad": zero,
-            "trust/cut": cut,
-        }
-
-
-def masked_quantiles(x: Tensor, live: Tensor, qs: tuple[float, ...]) -> list[Tensor]:
-    """Nearest-rank quantiles of `x` over `live`, or NaN. No boolean indexing, which would wait for the device."""
-    ordered = x.masked_fill(~live, torch.nan).flatten().sort().values  # NaN comes last
-    last = (live.sum() - 1).clamp(min=0)
-    return [ordered[(last * q).round().long()] for q in qs]
-
-
-def local_statistics(metrics: Mapping[str, Tensor], mask: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """Names of K metrics, and (K, 2): their values and weights on this process. NaN entries do not count.
-
-    Nor do rows without a live token; a micro-batch of such rows alone has no value, NaN. Only where TRL 1.16 logs the
-    same metric it is kept as TRL has it: the mean of no token is 0, and a sequence counts with or without live tokens.
-    """
-    groups = defaultdict(list)  # what has one shape and one reduction is reduced at once: a few kernels for them all
-    for name, x in metrics.items():
-        if x.shape not in (mask.shape, (len(mask), 1), ()):
-            expected = f"(), ({len(mask)}, 1) or {tuple(mask.shape)}"
-            raise ValueError(f"metric {name!r} has shape {tuple(x.shape)}, expected {expected}.")
-        groups[x.shape, _extremum(name), _is_stock(name)].append(name)
-    stats = []
-    rows = (mask > 0).any(1)  # (B,)
-    for (shape, extremum, stock), names in groups.items():
-        x = torch.stack([metrics[name].detach().float().flatten() for name in names])  # (k, numel)
-        if shape == mask.shape:
-            live = (mask > 0).flatten()
-        else:
-            live = rows if shape and not stock else torch.ones_like(x[0], dtype=torch.bool)
-        keep = live & ~x.isnan()
-        weight = keep.sum(1)
-        if extremum is None:
-            nothing = (weight == 0) & live.any() if stock else weight == 0
-            value = x.masked_fill(~keep, 0.0).sum(1).masked_fill(nothing, torch.nan)
-        elif extremum is min:
-            value = x.masked_fill(~keep, math.inf).amin(1)
-        else:
-            value = x.masked_fill(~keep, -math.inf).amax(1)
-        stats.append(torch.stack([value, weight.float()], dim=1))
-    return tuple(name for names in groups.values() for name in names), torch.cat(stats)
-
-
-def read_gathered(gathered: list[tuple[list[str], Tensor]]) -> dict[str, list[float]]:
-    """Metrics by name of (names, (processes, K, 2) statistics): a value for each micro-batch, to be averaged.
-
-    Extrema have one value, over all there is. Only those that TRL 1.16 logs too are, as TRL has it, one a micro-batch.
-    """
-    found = defaultdict(list)
-    if gathered:
-        names = [name for names, _ in gathered for name in names]
-        stats = torch.cat([stats for _, stats in gathered], dim=1).tolist()  # the one wait for the device
-        for name, *by_process in zip(names, *stats, strict=True):
-            found[name].append(_join_processes(name, by_process))
-    for name, values in found.items():
-        if (extremum := _extremum(name)) is not None and not _is_stock(name):
-            found[name] = [extremum((x for x in values if not math.isnan(x)), default=math.nan)]
-    return found
-
-
-def _is_stock(name: str) -> bool:
-    """Whether TRL 1.16 logs a metric of this name."""
-    return name in ("entropy", "kl") or name.startswith("clip_ratio/")
-
-
-def _extremum(name: str):
-    """`min`, `max`, or `None` for a mean, by how the name of a metric ends."""
-    return min if name.endswith("min") else max if name.endswith("max") else None
-
-
-def _join_processes(name: str, stats: list[list[float]]) -> float:
-    """Join the (value, weight) of each process: weighted mean, or the extremum if the name says so."""
-    values, weights = zip(*stats, strict=True)
-    if (extremum := _extremum(name)) is not None:
-        return extremum(values) if any(weights) else math.nan
-    if not any(weights):
-        return sum(values)
-    return sum(value for value, weight in zip(values, weights, strict=True) if weight) / sum(weights)
