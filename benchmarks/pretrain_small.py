@@ -37,6 +37,11 @@ METHODS = {
     "hybrid_auon": ((1e-2, 3e-2, 1e-1, 3e-1, 1.0), AUX),
     "fismo": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), {**AUX, "update_interval": 10}),
     "tram_adamw": ((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), {}),
+    # "optimizer:what is different": is AuON's last place its rule, its rate or its auxiliary AdamW?
+    "auon:aux_lr=1e-3": ((3e-2,), {"aux_lr": 1e-3}),
+    "auon:aux_lr=1e-2": ((3e-2,), {"aux_lr": 1e-2}),
+    "auon:match_rms_adamw": ((3e-4, 1e-3, 3e-3), {**AUX, "shape_scale": "match_rms_adamw"}),
+    "muon:match_rms_adamw": ((1e-3, 3e-3, 1e-2), {**AUX, "shape_scale": "match_rms_adamw"}),
 }
 FULL = {
     "hidden_size": 128,
@@ -122,7 +127,7 @@ def build_optimizer(method: str, model, lr: float):
     options = METHODS[method][1]
     if method == "tram_adamw":
         options = {**options, "aux_betas": (0.9, 0.95)}
-    return get_optimizer(method).load()(model, lr=lr, **options)
+    return get_optimizer(method.partition(":")[0]).load()(model, lr=lr, **options)
 
 
 @torch.no_grad()
@@ -212,6 +217,7 @@ def report(results: dict, path: Path) -> str:
     for method, rates in table.items():
         best, swept = best_rate(rates), METHODS[method][0]
         edge = " (edge of the sweep)" if best in (swept[0], swept[-1]) else ""
+        edge = " (the only one)" if len(swept) == 1 else edge
         seeds = ", ".join(f"{cell['val_loss']:.4f}" for cell in rates[best])
         steps = results["settings"]["steps"]
         seconds = statistics.fmean(cell["seconds"] for cell in rates[best]) / steps

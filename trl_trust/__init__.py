@@ -26,6 +26,7 @@ _EXPORTS = {
     "score_rollouts": "trl_trust.distill.rollouts",
     "write_rollouts": "trl_trust.distill.rollouts",
 }
+_EXPORTS |= dict.fromkeys(("AuON", "FISMO", "HybridAuON", "Muon", "TRAM"), "trl_trust.optim")
 for _method in METHODS:
     for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
         _EXPORTS[_name] = _method.module
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
+    from .optim import FISMO, TRAM, AuON, HybridAuON, Muon
     from .policy.alp import ALPConfig, ALPTrainer, alp_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss

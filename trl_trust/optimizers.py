@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from .lookup import near
+
 
 @dataclass(frozen=True)
 class OptimizerInfo:
@@ -80,8 +82,8 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
 
 
 def get_optimizer(name: str) -> OptimizerInfo:
-    """Return the row called `name`, or raise `KeyError` naming the known ones."""
+    """Return the row called `name`, or raise `KeyError` with the nearest name, or all of them."""
     for row in OPTIMIZERS:
         if row.name == name:
             return row
-    raise KeyError(f"unknown optimizer {name!r}; known optimizers: {', '.join(row.name for row in OPTIMIZERS)}")
+    raise KeyError(f"unknown optimizer {name!r}; {near(str(name), (row.name for row in OPTIMIZERS))}")

@@ -76,16 +76,3 @@ def test_direction_compiles_in_one_graph(dtype):
     compiled = torch.compile(muon_direction, backend="aot_eager", fullgraph=True)
     x = gaussian(3, 9, 6)
     torch.testing.assert_close(compiled(x, dtype=dtype), muon_direction(x, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ns_steps": -1}, "ns_steps"),
-        ({"ns_dtype": "half"}, "ns_dtype='half'"),
-        ({"shape_scale": "x"}, "shape_scale='x'"),
-    ],
-)
-def test_bad_settings_raise(options, message):
-    with pytest.raises(ValueError, match=message):
-        Muon([torch.nn.Parameter(torch.ones(2, 2))], **options)

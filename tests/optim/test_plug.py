@@ -24,6 +24,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 from trl import GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
+from trl_trust.methods import METHODS
 from trl_trust.optim import AuON, HybridAuON, Muon, plug
 from trl_trust.optimizers import OPTIMIZERS, OptimizerInfo, get_optimizer
 
@@ -81,19 +82,36 @@ def test_registering_again_changes_nothing():
 def test_names_of_transformers_are_left_alone():
     assert arguments(optim="sgd").optim is OptimizerNames.SGD
     assert pickle.loads(pickle.dumps(OptimizerNames.SGD)) is OptimizerNames.SGD
-    with pytest.raises(ValueError, match=r"adamm is not a valid OptimizerNames(.|\n)*'auon', 'hybrid_auon'"):
-        arguments(optim="adamm")
+    with pytest.raises(ValueError, match="optim='sgdd' is not a valid OptimizerNames; did you mean 'sgd'"):
+        arguments(optim="sgdd")
+    with pytest.raises(ValueError, match="there are: .*sgd.*auon, hybrid_auon"):
+        arguments(optim="zzzz")
 
 
 def test_unknown_rows_raise():
     assert get_optimizer("auon").load() is AuON
-    with pytest.raises(KeyError, match="unknown optimizer 'auonn'; known optimizers: auon, hybrid_auon"):
+    with pytest.raises(KeyError, match="unknown optimizer 'auonn'; did you mean 'auon'"):
         get_optimizer("auonn")
+    with pytest.raises(KeyError, match="unknown optimizer 'zzz'; there are: auon, hybrid_auon"):
+        get_optimizer("zzz")
 
 
 def test_the_table_needs_no_torch():
     script = "import sys, trl_trust.optimizers; assert not {'torch', 'transformers', 'trl'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("room", sorted({row.module.rpartition(".")[0] for row in METHODS}))
+def test_any_trainer_or_config_of_ours_registers_them(room):
+    script = f"""
+        import sys, trl_trust
+        assert not {{"torch", "transformers"}} & sys.modules.keys()
+        import {room}
+        from transformers.training_args import OptimizerNames
+        print(OptimizerNames("auon").value)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True)
+    assert run.stdout == "auon\n"
 
 
 def test_yaml(tmp_path):
@@ -254,7 +272,7 @@ def test_optim_args_are_parsed_by_their_declared_type(tiny_model_path):
     [
         (
             "momentun=0.9",
-            r"optim='auon' has unknown keys: momentun; valid: .*momentum \(float\).*variant \(paper or repo\)",
+            r"unknown keys: momentun; did you mean 'momentum'. valid: .*momentum \(float\).*variant \(paper or repo\)",
         ),
         ("matrix_defaults=1", "unknown keys: matrix_defaults"),
         ("no_decay=1", "unknown keys: no_decay"),
@@ -264,7 +282,7 @@ def test_optim_args_are_parsed_by_their_declared_type(tiny_model_path):
         ("variant=papers", "variant=papers is not paper or repo"),
         ("aux_betas=0.9", "aux_betas=0.9 is not float:float"),
         ("gamma=no", "gamma=no is not float or none"),
-        ("momentum=2", r"momentum must be in \[0, 1\), got 2.0"),
+        ("momentum=2", r"momentum=2.0 must be a number in \[0, 1\)"),
     ],
 )
 def test_bad_optim_args_raise(tiny_model_path, text, message):

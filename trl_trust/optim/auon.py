@@ -10,13 +10,14 @@ Provenance: both variants follow the manuscript's LaTeX source and the authors' 
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..settings import BelowOne, NonNegative, Positive, Range
 from .matrix import Layout, MatrixOptimizer, ShapeScale, State, shape_factor
-from .muon import NS_COEFFICIENTS, NS_DTYPES, newton_schulz, validate_choice, validate_newton_schulz
+from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSSteps, newton_schulz
 
 
 Variant = Literal["paper", "repo"]
@@ -144,20 +145,20 @@ class AuON(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float | Tensor,
+        lr: NonNegative | Tensor,
         *,
-        momentum: float = 0.95,
+        momentum: BelowOne = 0.95,
         nesterov: bool = True,
-        weight_decay: float = 0.0,
+        weight_decay: NonNegative = 0.0,
         variant: Variant = "paper",
-        gamma: float | None = None,
-        ns_steps: int = 0,
-        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        gamma: Annotated[float, Range(0, 10, above=True)] | None = None,
+        ns_steps: NSSteps = 0,
+        ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
         ns_dtype: Literal["float32", "bfloat16"] = "float32",
         rms_form: Literal["sqrt", "square"] = "sqrt",
         shape_scale: ShapeScale | None = None,
         brake_scale: Literal["frobenius", "rms"] = "frobenius",
-        eps: float = 1e-7,
+        eps: Positive = 1e-7,
         **shared,
     ):
         defaults = {
@@ -176,16 +177,6 @@ class AuON(MatrixOptimizer):
         super().__init__(params, lr, matrix_defaults=defaults, weight_decay=weight_decay, **shared)
 
     def validate(self, group: dict[str, Any]) -> None:
-        validate_newton_schulz(group)
-        validate_choice(
-            group,
-            variant=("paper", "repo"),
-            rms_form=("sqrt", "square"),
-            brake_scale=("frobenius", "rms"),
-            shape_scale=(None, "original", "match_rms_adamw"),
-        )
-        if group["gamma"] is not None and not 0 < group["gamma"] <= 10:
-            raise ValueError(f"gamma must be in (0, 10] or None, got {group['gamma']}")
         if group["shape_scale"] == "match_rms_adamw" and group["variant"] == "repo" and not group["ns_steps"]:
             raise ValueError(
                 "shape_scale='match_rms_adamw' needs an update of known norm, which variant='repo' has only with "
@@ -229,17 +220,12 @@ class HybridAuON(AuON):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float | Tensor,
+        lr: NonNegative | Tensor,
         *,
         variant: Variant = "paper",
-        ns_steps: int | None = None,
+        ns_steps: Annotated[int, Range(1, 99, whole=True)] | None = None,
         **options,
     ):
         if ns_steps is None:
             ns_steps = 1 if variant == "paper" else 5
         super().__init__(params, lr, variant=variant, ns_steps=ns_steps, **options)
-
-    def validate(self, group: dict[str, Any]) -> None:
-        super().validate(group)
-        if group["ns_steps"] < 1:
-            raise ValueError(f"ns_steps must be 1 or more, got {group['ns_steps']}; AuON is the one without")

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..settings import BelowOne, Count, Fraction, NonNegative, Positive, Whole
 from .matrix import Layout, MatrixOptimizer, ShapeScale, State
-from .muon import NS_COEFFICIENTS, NS_DTYPES, muon_direction, validate_choice, validate_newton_schulz
+from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSSteps, muon_direction
 
 
 Damping = Literal["paper", "relative"]
@@ -216,24 +217,24 @@ class FISMO(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float | Tensor = 0.02,
+        lr: NonNegative | Tensor = 0.02,
         *,
-        momentum: float = 0.95,
-        factor_decay: float = 0.95,
-        damping_value: float = 1e-2,
+        momentum: BelowOne = 0.95,
+        factor_decay: Fraction = 0.95,
+        damping_value: Positive = 1e-2,
         damping: Damping = "relative",
-        weight_decay: float = 0.0,
-        ns_steps: int = 5,
-        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        weight_decay: NonNegative = 0.0,
+        ns_steps: NSSteps = 5,
+        ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
         ns_dtype: Literal["float32", "bfloat16"] = "float32",
         root: Root = "eigh",
-        eig_floor: float = 1e-8,
-        update_interval: int = 1,
+        eig_floor: Positive = 1e-8,
+        update_interval: Count = 1,
         graft: Literal["none", "polar"] = "none",
         momentum_space: Literal["whitened", "param"] = "whitened",
         shape_scale: ShapeScale | None = "original",
-        max_factor_dim: int = 8192,
-        max_failures: int = 3,
+        max_factor_dim: Count = 8192,
+        max_failures: Whole = 3,
         **shared,
     ):
         defaults = {
@@ -256,25 +257,6 @@ class FISMO(MatrixOptimizer):
         super().__init__(params, lr, matrix_defaults=defaults, weight_decay=weight_decay, **shared)
 
     def validate(self, group: dict[str, Any]) -> None:
-        validate_newton_schulz(group)
-        validate_choice(
-            group,
-            damping=("paper", "relative"),
-            root=("eigh", "newton_schulz", "cholesky"),
-            graft=("none", "polar"),
-            momentum_space=("whitened", "param"),
-            shape_scale=(None, "original", "match_rms_adamw"),
-        )
-        for name, fits, wish in (
-            ("factor_decay", lambda x: 0 <= x <= 1, "in [0, 1]"),
-            ("damping_value", lambda x: x > 0, "> 0"),
-            ("eig_floor", lambda x: x > 0, "> 0"),
-            ("update_interval", lambda x: x >= 1, ">= 1"),
-            ("max_factor_dim", lambda x: x >= 1, ">= 1"),
-            ("max_failures", lambda x: x >= 0, ">= 0"),
-        ):
-            if not fits(group[name]):
-                raise ValueError(f"{name} must be {wish}, got {group[name]}")
         if group["root"] == "cholesky" and group["momentum"] > 0 and group["momentum_space"] == "whitened":
             raise ValueError(
                 f"root='cholesky' needs momentum=0 or momentum_space='param', got momentum={group['momentum']}: its "

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from ..settings import BelowOne, NonNegative, Positive
+from .options import declared_options, require_option
 from .routing import FLATTENED, Route, route, routing_table
 
 
@@ -87,20 +89,22 @@ class MatrixOptimizer(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float | Tensor,
+        lr: NonNegative | Tensor,
         *,
         matrix_defaults: Mapping[str, Any],
-        weight_decay: float = 0.0,
-        aux_lr: float | None = None,
-        aux_betas: tuple[float, float] = (0.9, 0.95),
-        aux_eps: float = 1e-8,
-        aux_weight_decay: float = 0.0,
+        weight_decay: NonNegative = 0.0,
+        aux_lr: NonNegative | None = None,
+        aux_betas: tuple[BelowOne, BelowOne] = (0.9, 0.95),
+        aux_eps: Positive = 1e-8,
+        aux_weight_decay: NonNegative = 0.0,
         matrix_pattern: str | None = None,
         adamw_pattern: str | None = None,
         split_sizes: Mapping[str, Sequence[int]] | str | None = None,
         no_decay: Collection[str] | None = None,
         skip_nonfinite: bool = False,
     ):
+        _require_rate("lr", lr)
+        require_option("skip_nonfinite", skip_nonfinite, bool)
         aux_lr = 0.1 * lr if aux_lr is None else aux_lr
         self.rule_defaults = {
             "matrix": {
@@ -193,9 +197,7 @@ class MatrixOptimizer(Optimizer):
             )
         for key, value in defaults.items():
             group.setdefault(key, value)
-        _validate_common(group)
-        if rule == "matrix":
-            self.validate(group)
+        self._check(group)
         super().add_param_group(group)
         try:
             for index, parameter in enumerate(group["params"]):
@@ -203,6 +205,19 @@ class MatrixOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise `ValueError` for a setting that is not of its kind, or does not go with the others."""
+        kinds, prefix = declared_options(type(self)), "" if group["rule"] == "matrix" else "aux_"
+        for key in self.rule_defaults[group["rule"]]:
+            if key == "lr":
+                _require_rate(prefix + key, group[key])
+            elif prefix + key in kinds and key != "split_sizes":
+                require_option(prefix + key, group[key], kinds[prefix + key])
+        if not isinstance(group.get("split_sizes", ()), (tuple, list)):
+            raise ValueError(f"split_sizes={group['split_sizes']!r} in a group must be a tuple, as (768, 768, 768)")
+        if group["rule"] == "matrix":
+            self.validate(group)
 
     def routing_report(self) -> str:
         """Return a table of all parameters: name, shape, rule, reason, learning rate, decay, scale."""
@@ -441,20 +456,14 @@ def _name(group: dict[str, Any], index: int) -> str:
     return names[index] if names else f"parameter {index}"
 
 
-def _validate_common(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of {lr.numel()}")
-    if not lr >= 0:
-        raise ValueError(f"lr must be >= 0, got {lr}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must be >= 0, got {group['weight_decay']}")
-    if "momentum" in group and not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
-    if "betas" in group and not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
-        raise ValueError(f"aux_betas must be two numbers in [0, 1), got {group['betas']}")
-    if "eps" in group and not group["eps"] > 0:
-        raise ValueError(f"{'aux_' if group['rule'] == 'adamw' else ''}eps must be > 0, got {group['eps']}")
+def _require_rate(name: str, lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got a tensor of {lr.numel()}")
+        if lr.is_meta:
+            return
+        lr = lr.item()
+    require_option(name, lr, NonNegative)
 
 
 def _validate_parameter(parameter: Tensor, name: str, rule: str) -> None:

@@ -5,11 +5,12 @@ dimensions are batches (experts of a mixture), and AdamW for everything else is 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..settings import BelowOne, NonNegative, Number, Positive, Range
 from .matrix import MatrixOptimizer, ShapeScale, State
 
 
@@ -17,6 +18,8 @@ from .matrix import MatrixOptimizer, ShapeScale, State
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # `None` is the precision of the update itself: float32, or float64 for float64 parameters.
 NS_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+NSSteps = Annotated[int, Range(0, 99, whole=True)]
+NSCoefficients = tuple[Number, Number, Number]
 
 
 def newton_schulz(
@@ -63,23 +66,6 @@ def muon_direction(
     return newton_schulz(updates.to(dtype) / norm.to(dtype), steps, coefficients).to(updates.dtype)
 
 
-def validate_newton_schulz(group: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the Newton-Schulz settings of a group are usable."""
-    if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] <= 99):
-        raise ValueError(f"ns_steps must be an integer from 0 to 99, got {group['ns_steps']!r}")
-    if len(group["ns_coefficients"]) != 3:
-        raise ValueError(f"ns_coefficients must be three numbers, got {group['ns_coefficients']!r}")
-    if group["ns_dtype"] not in NS_DTYPES:
-        raise ValueError(f"ns_dtype={group['ns_dtype']!r} must be one of {', '.join(NS_DTYPES)}")
-
-
-def validate_choice(group: dict[str, Any], **choices: Sequence) -> None:
-    """Raise `ValueError` unless each named setting of a group is one of its choices."""
-    for name, allowed in choices.items():
-        if group[name] not in allowed:
-            raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(str, allowed))}")
-
-
 class Muon(MatrixOptimizer):
     """Momentum orthogonalised by Newton-Schulz, for matrices; AdamW for the rest.
 
@@ -100,16 +86,16 @@ class Muon(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable,
-        lr: float | Tensor = 0.02,
+        lr: NonNegative | Tensor = 0.02,
         *,
-        momentum: float = 0.95,
+        momentum: BelowOne = 0.95,
         nesterov: bool = True,
-        weight_decay: float = 0.0,
-        ns_steps: int = 5,
-        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        weight_decay: NonNegative = 0.0,
+        ns_steps: NSSteps = 5,
+        ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
         ns_dtype: Literal["bfloat16", "float32"] = "bfloat16",
         shape_scale: ShapeScale | None = "original",
-        eps: float = 1e-7,
+        eps: Positive = 1e-7,
         **shared,
     ):
         defaults = {
@@ -122,10 +108,6 @@ class Muon(MatrixOptimizer):
             "eps": eps,
         }
         super().__init__(params, lr, matrix_defaults=defaults, weight_decay=weight_decay, **shared)
-
-    def validate(self, group: dict[str, Any]) -> None:
-        validate_newton_schulz(group)
-        validate_choice(group, shape_scale=(None, "original", "match_rms_adamw"))
 
     def direction(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
         dtype = NS_DTYPES[group["ns_dtype"]]

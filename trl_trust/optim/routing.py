@@ -26,6 +26,7 @@ FLATTENED = (
     "DeepSpeed ZeRO 1-3 and FSDP1 hand flat pieces to the optimizer, from which no matrix can be recovered; "
     "use FSDP2, DDP or ZeRO stage 0, or one of transformers' own optimizers"
 )
+SPLIT_SIZES = '{"c_attn": (768, 768, 768)}, or "c_attn:768:768:768" in optim_args'
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def parse_split_sizes(value: Mapping[str, Sequence[int]] | str | None) -> dict[s
     """
     if value is None:
         return {}
+    if not isinstance(value, (str, Mapping)):
+        raise ValueError(f"split_sizes={value!r} must be {SPLIT_SIZES}")
     if isinstance(value, str):
         # The sizes are the numbers at the end: a pattern may hold colons of its own, as in (?:q|k).
         found = {entry: re.fullmatch(r"(.+?)((?::\d+)*)", entry) for entry in value.split(";") if entry}
@@ -72,9 +75,16 @@ def parse_split_sizes(value: Mapping[str, Sequence[int]] | str | None) -> dict[s
         if len(parsed[pattern]) < 2 or min(parsed[pattern]) < 1:
             raise ValueError(
                 f"split_sizes needs two or more positive sizes a pattern, got {pattern!r}: {sizes!r}; "
-                'write {"c_attn": (768, 768, 768)}, or "c_attn:768:768:768" in optim_args'
+                f"write {SPLIT_SIZES}"
             )
     return parsed
+
+
+def _require_pattern(field: str, pattern: str | None) -> None:
+    try:
+        re.compile("" if pattern is None else pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{field}={pattern!r} must be a regular expression, as 'q_proj|k_proj' ({error})") from None
 
 
 def _called(model: nn.Module, getter: str) -> nn.Module | None:
@@ -153,6 +163,12 @@ def route(
             or was flattened by a sharding engine, or split sizes do not add up to the output dimension.
     """
     splits = parse_split_sizes(split_sizes)
+    for field, pattern in (
+        ("matrix_pattern", matrix_pattern),
+        ("adamw_pattern", adamw_pattern),
+        *(("split_sizes", pattern) for pattern in splits),
+    ):
+        _require_pattern(field, pattern)
     embeddings, backbone = _embedding_ids(model), _backbone_ids(model)
     unused = {pattern for pattern in (matrix_pattern, adamw_pattern, *splits) if pattern is not None}
     routes: list[Route] = []

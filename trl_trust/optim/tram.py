@@ -19,12 +19,10 @@ What this is *not*: the authors' public code, whose ascent ignores the gradient 
 and the classes once too often. The paper is followed here.
 """
 
-import copy
-import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,9 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..lookup import near
 from ..optimizers import OPTIMIZERS, get_optimizer
-from .plug import bookkeeping, rewound
+from ..settings import BelowOne, Count, NonNegative, Positive
+from .options import require_options
 from .predictions import Call, Probe
+from .replay import COMPILED, HIDDEN, attach
 
 
 Variant = Literal["prev", "init", "noise", "fisher"]
@@ -46,16 +47,6 @@ FisherPasses = Literal["shared", "separate"]
 Scope = Literal["global", "local"]
 
 ANCHOR = "tram_anchor"  # the anchor's key in the saved state of a parameter
-
-# Refused where a trainer's settings say so, and at the first ascent of a loop.
-HIDDEN = (
-    "TRAM cannot run under {}, which hides parameters and gradients; use one process a device with "
-    "DistributedDataParallel, or FSDP2"
-)
-COMPILED = (
-    "TRAM cannot run on the result of torch.compile(model), which leaves out the hooks that read predictions; set "
-    "torch_compile=False, or compile in place with model.compile()"
-)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -143,25 +134,18 @@ class TRAM(Optimizer):
         *,
         tram_variant: Variant = "prev",
         tram_adaptive: bool = True,
-        tram_noise_std: float | None = None,
+        tram_noise_std: Positive | None = None,
         tram_divergence: Divergence = "forward",
-        tram_max_distance: float | None = None,
-        tram_fisher_gamma: float = 0.1,
-        tram_fisher_eta: float = 0.1,
+        tram_max_distance: Positive | None = None,
+        tram_fisher_gamma: Positive = 0.1,
+        tram_fisher_eta: NonNegative = 0.1,
         tram_fisher_passes: FisherPasses = "shared",
         tram_anchor_eval: bool = True,
-        tram_every: int = 1,
+        tram_every: Count = 1,
         tram_distance_scope: Scope = "global",
-        tram_chunk_size: int = 1024,
+        tram_chunk_size: Count = 1024,
     ):
-        for name, value, allowed in (
-            ("tram_variant", tram_variant, get_args(Variant)),
-            ("tram_divergence", tram_divergence, get_args(Divergence)),
-            ("tram_fisher_passes", tram_fisher_passes, get_args(FisherPasses)),
-            ("tram_distance_scope", tram_distance_scope, get_args(Scope)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        require_options(TRAM, locals())
         fisher, measured = ("fisher",), ("prev", "init", "noise")
         for name, value, default, users in (
             ("tram_noise_std", tram_noise_std, None, ("noise", "fisher")),
@@ -180,16 +164,6 @@ class TRAM(Optimizer):
                     f"{name}={value!r} does nothing with tram_variant={tram_variant!r}; leave it out, or use "
                     f"tram_variant={' or '.join(map(repr, users))}"
                 )
-        for name, value, fits, wish in (
-            ("tram_noise_std", tram_noise_std, lambda x: x is None or x > 0, "> 0"),
-            ("tram_max_distance", tram_max_distance, lambda x: x is None or x > 0, "> 0 or None"),
-            ("tram_fisher_gamma", tram_fisher_gamma, lambda x: x > 0, "> 0"),
-            ("tram_fisher_eta", tram_fisher_eta, lambda x: x >= 0, ">= 0"),
-            ("tram_every", tram_every, lambda x: x >= 1, ">= 1"),
-            ("tram_chunk_size", tram_chunk_size, lambda x: x >= 1, ">= 1"),
-        ):
-            if not fits(value):
-                raise ValueError(f"{name} must be {wish}, got {value}")
         # Optimizer.__init__ is not called: it would make groups and state of its own.
         self.base = base
         self.noisy = tram_variant in ("noise", "fisher")
@@ -328,7 +302,7 @@ class TRAM(Optimizer):
             loss = self.ascend(model, loss_fn, labels=labels, last=last)
             perturbed = loss_fn()
             perturbed.backward()
-            self._record(last, loss_perturbed=perturbed)
+            self.record(last, loss_perturbed=perturbed)
         finally:
             self.restore()
         return loss
@@ -365,7 +339,7 @@ class TRAM(Optimizer):
         if not moved:
             return loss
         params, grads = [params[i] for i in moved], [grads[i] for i in moved]
-        self._record(grad_norm_ascent=global_norm(grads))
+        self.record(grad_norm_ascent=global_norm(grads))
 
         if fisher and not shared:
             _set_random_state(random_state)
@@ -397,7 +371,7 @@ class TRAM(Optimizer):
         In the last micro-batch `prev` has done its work, and the anchor takes theta, which it must hold for the next
         step in any case. Otherwise the memory of eps takes it.
         """
-        self._record(eps_norm=global_norm(eps))
+        self.record(eps_norm=global_norm(eps))
         for p, e in zip(params, eps, strict=True):
             kept = self.anchor.get(p, e) if self.variant == "prev" and last else e
             shifted = p + e
@@ -466,7 +440,7 @@ class TRAM(Optimizer):
         distance = torch.where(finite, distance, 0)
         capped = torch.zeros_like(finite) if self.max_distance is None else distance > self.max_distance
         distance = distance.clamp(max=self.max_distance) if self.max_distance is not None else distance
-        self._record(distance=distance, distance_capped=capped, skipped=~finite)
+        self.record(distance=distance, distance_capped=capped, skipped=~finite)
         return distance
 
     def _noise(self, model: nn.Module) -> Callable:
@@ -527,7 +501,7 @@ class TRAM(Optimizer):
     # ---------------------------------------------------------------------------------------------------------------
     # Metrics
 
-    def _record(self, last: bool = True, **values: Tensor) -> None:
+    def record(self, last: bool = True, **values: Tensor) -> None:
         """Add up 0-d tensors until they are asked for: no host synchronisation in a step."""
         for name, value in values.items():
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
@@ -552,95 +526,10 @@ class TRAM(Optimizer):
             values = values / _world_size()
         return {f"tram/{name}": value for name, value in zip(sums, values.tolist(), strict=True)}
 
-    # ---------------------------------------------------------------------------------------------------------------
-    # Hugging Face trainers
-
     def attach(self, trainer) -> None:
-        """Make `trainer` climb: wraps `training_step`, `compute_loss` and `log`, all public, of this one object.
-
-        A trainer calls `compute_loss` once per micro-batch, on inputs that it has prepared however it likes
-        (generated, buffered, scored), and takes the backward of what it gets. So passes 1 and 2 happen when it is
-        called, what it gets is the loss of pass 3, and at the end of `training_step` the parameters are put back. What
-        a trainer does once per micro-batch, it still does once.
-
-        Called by [`trl_trust.optim.plug`] after `Trainer.create_optimizer`. A trainer that trains tensors outside of
-        model and optimizer lists them in an attribute `tensors_aside`: of the two gradients they get pass 3's.
-
-        Raises:
-            ValueError: With fp16, whose gradient scaler hides the gradients, with `torch_compile`, and under
-                DeepSpeed, `DataParallel` and FSDP1.
-        """
-        args, accelerator = trainer.args, trainer.accelerator
-        if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "TRAM cannot run under DeepSpeed, which keeps parameters and gradients in flat partitions of its own; "
-                "use DistributedDataParallel or FSDP2"
-            )
-        if args.fp16 or accelerator.scaler is not None:  # `accelerate launch --mixed_precision fp16` sets the latter
-            raise ValueError("TRAM cannot run with fp16, whose scaler hides the gradients; use bf16=True")
-        if args.torch_compile:
-            raise ValueError(f"torch_compile={args.torch_compile}: {COMPILED}")
-        quantised = any(getattr(trainer.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-        if args.n_gpu > 1 and not quantised:  # then Trainer uses DataParallel (transformers 5.23)
-            raise ValueError(f"n_gpu={args.n_gpu} in one process: {HIDDEN.format('DataParallel')}")
-        if trainer.is_fsdp_enabled and accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(f"fsdp_version=1: {HIDDEN.format('FSDP1')}")
+        """Make `trainer` climb; see [`trl_trust.optim.replay.attach`]. Called after `Trainer.create_optimizer`."""
         self._aside = tuple(getattr(trainer, "tensors_aside", ()))
-        training_step, compute_loss, log = (_bare(trainer, name) for name in ("training_step", "compute_loss", "log"))
-        computed = None  # losses computed in this training step; None outside of one
-
-        def tram_compute_loss(model, inputs, *args, **kwargs):
-            nonlocal computed
-            if computed is None:  # evaluation
-                return compute_loss(model, inputs, *args, **kwargs)
-            computed += 1
-            if not self.climbs:
-                return compute_loss(model, inputs, *args, **kwargs)
-
-            def first():  # on a copy, because some losses pop the labels
-                return compute_loss(model, copy.copy(inputs), *args, **kwargs)
-
-            def replay():
-                with rewound(trainer, books):
-                    return first()
-
-            books = bookkeeping(trainer)
-            last = trainer.accelerator.sync_gradients
-            loss = self.ascend(model, first, replay, labels=inputs.get("labels"), last=last)
-            with rewound(trainer, books):
-                perturbed = compute_loss(model, inputs, *args, **kwargs)
-            # Its value is the loss at theta, which belongs in the log; its gradient is that at theta + eps.
-            loss = perturbed + (loss - perturbed).detach()
-            # The trainer may divide by the accumulation steps or not; backward brings the factor.
-            loss.register_hook(lambda factor: self._record(last, loss_perturbed=perturbed * factor))
-            return loss
-
-        def tram_training_step(*args, **kwargs):
-            nonlocal computed
-            computed = 0
-            try:
-                output = training_step(*args, **kwargs)
-                if computed != 1:
-                    raise RuntimeError(
-                        f"TRAM needs a training_step that calls compute_loss once; that of {type(trainer).__name__} "
-                        f"called it {computed} times. Use another optimizer, or TRAM.backward in a loop of your own"
-                    )
-                return output
-            finally:
-                computed = None
-                self.restore()
-
-        def tram_log(logs, *args, **kwargs):
-            return log({**logs, **self.metrics()} if "loss" in logs else logs, *args, **kwargs)
-
-        for method, wrapper in (
-            (training_step, tram_training_step),
-            (compute_loss, tram_compute_loss),
-            (log, tram_log),
-        ):
-            wrapper = functools.wraps(method)(wrapper)
-            wrapper.tram_wraps = method
-            setattr(trainer, method.__name__, wrapper)
+        attach(self, trainer)
 
 
 class TRAMAdamW(TRAM):
@@ -663,15 +552,16 @@ class TRAMAdamW(TRAM):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: NonNegative,
         *,
         base: str = "adamw",
-        weight_decay: float = 0.0,
+        weight_decay: NonNegative = 0.0,
         no_decay: Collection[str] = (),
-        aux_betas: tuple[float, float] | None = None,
-        aux_eps: float = 1e-8,
+        aux_betas: tuple[BelowOne, BelowOne] | None = None,
+        aux_eps: Positive = 1e-8,
         **options,
     ):
+        require_options(TRAMAdamW, locals())
         tram = {name: value for name, value in options.items() if name.startswith("tram_")}
         own = {name: value for name, value in options.items() if name not in tram}
         names = [row.name for row in OPTIMIZERS if not row.name.startswith("tram")]
@@ -688,7 +578,8 @@ class TRAMAdamW(TRAM):
                 own["aux_betas"] = aux_betas
             optimizer = get_optimizer(base).load()(model, lr=lr, weight_decay=weight_decay, **own)
         else:
-            raise ValueError(f"base={base!r} must be one of adamw, {', '.join(names)}")
+            known = ("adamw", *names)
+            raise ValueError(f"base={base!r} is no optimizer; {near(str(base), known)}")
         super().__init__(optimizer, **tram)
 
 
@@ -730,12 +621,6 @@ def _prepare(model: nn.Module, inner: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             # Gradients that are not reduced never reach sharded parameters, so accumulation reduces every time.
             module.set_requires_gradient_sync(True, recurse=False)
-
-
-def _bare(trainer, name: str) -> Callable:
-    """The method itself, also where another optimizer was attached before."""
-    method = getattr(trainer, name)
-    return getattr(method, "tram_wraps", method)
 
 
 def _world_size() -> int:
