@@ -10,6 +10,7 @@ import inspect
 
 import pytest
 import trl
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOConfig, TrustGRPOTrainer
@@ -39,6 +40,13 @@ def test_trl_has_not_changed_under_us(name):
         f"trl_trust/policy/base.py was written against. Read what changed, carry it over to TrustGRPOTrainer, extend "
         f"OPTIONS in tests/policy/test_base.py if an option is new, and only then write {found!r} here."
     )
+
+
+@pytest.mark.parametrize("name, expected", [("_get_grad_norm", "913ba6f52f074d10")])
+def test_transformers_has_not_changed_under_us(name, expected):
+    """What trl_trust/steps.py touches of `Trainer`: called once an update, between clipping and the step."""
+    found = fingerprint(getattr(Trainer, name))
+    assert found == expected, f"Trainer.{name} has changed: read trl_trust/steps.py against it, then write {found!r}."
 
 
 def test_the_alarm_can_ring():

@@ -272,6 +272,10 @@ class ALPConfig(TrustGRPOConfig):
     perturbation_seed: int = field(default=0, metadata={"help": "Base of the seeds of the noise."})
 
     @property
+    def has_clean_logps(self) -> bool:
+        return False  # of the model with noise
+
+    @property
     def anchors_on_sampler(self) -> bool:
         return True
 

@@ -40,6 +40,7 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
 )
 
 from .config import AGGREGATIONS, TrustGRPOConfig, is_number
+from .control import SteeredSteps
 from .telemetry import (
     TrustTelemetry,
     apart,
@@ -142,13 +143,15 @@ class Rollouts:
     tensors: dict[str, Any]
 
 
-class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
+class TrustGRPOTrainer(TrustTelemetry, SteeredSteps, GRPOTrainer):
     """
     [`trl.GRPOTrainer`] with an exchangeable policy term; on its own, GRPO or GSPO with the `trust/` telemetry.
 
     It takes the arguments of `GRPOTrainer`. `args` may be a plain [`trl.GRPOConfig`]: it is converted with
     [`TrustGRPOConfig.from_grpo_config`]. A method subclasses it, sets `config_class`, and overrides `policy_loss`; see
     CONTRIBUTING.md.
+
+    With `step_control` the learning rate follows how far updates move the policy; see [`trl_trust.policy.control`].
 
     Beside the metrics of `GRPOTrainer` it logs, over the live tokens of each micro-batch:
 
@@ -186,9 +189,21 @@ class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
             args.beta = beta  # the caller's, who may try again with the same `args`
         for warning in self._warnings():
             logger.warning(warning)
+        self._start_control()
 
     def _updates_are_on_policy(self) -> bool:
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def _start_control(self) -> None:
+        args = self.args
+        if args.step_control in ("kl", "ess", "stop") and self._updates_are_on_policy():
+            raise ValueError(
+                f"step_control={args.step_control!r} measures nothing with gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps}, steps_per_generation={args.steps_per_generation} and "
+                f"num_iterations={args.num_iterations}: every update uses fresh rollouts. Set steps_per_generation to "
+                f"2 or more times gradient_accumulation_steps, or num_iterations above 1, or use 'backtrack'."
+            )
+        self.start_control(args.steps_per_generation * self.num_iterations // args.gradient_accumulation_steps)
 
     def _warnings(self) -> Iterator[str]:
         """What is legal and makes the trust region do nothing, or act on noise."""
@@ -285,6 +300,8 @@ class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         # TRL 1.16: returns the dict of row tensors that `_prepare_inputs` shuffles and splits; keys added here survive
         output = super()._generate_and_score_completions(inputs)
+        if self.step_control is not None and self.model.training:
+            self.step_control.generated()
         examples, prompts, completions, completion_ids, rewards_per_func = self._trust_rollouts
         self._trust_rollouts = None
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)  # (N,)
@@ -333,6 +350,8 @@ class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
         logps, entropies, aux_loss = self.score_completions(model, inputs)
         batch = self._policy_batch(inputs, apart(logps), entropies)
+        if self.model.training:
+            self.measure_step(batch, inputs)
         anchor_logps = batch.sampler_logps if self.args.anchors_on_sampler else batch.old_logps
         with torch.enable_grad():
             policy = self.policy_loss(batch)
@@ -563,6 +582,8 @@ class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
         # transformers 5.23 and TRL 1.16, which keeps its entropy controller so; `trial` is of a hyperparameter search
         super()._save_checkpoint(model, trial)
         state = self.method_state()
+        if self.step_control is not None:
+            state = state | {"step_control": self.step_control.state()}
         if state and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / METHOD_STATE_FILE).write_text(json.dumps(state))
@@ -570,7 +591,12 @@ class TrustGRPOTrainer(TrustTelemetry, GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint, METHOD_STATE_FILE)).exists():
-            self.load_method_state(json.loads(path.read_text()))
+            state = json.loads(path.read_text())
+            control = state.pop("step_control", None)
+            if self.step_control is not None and control is not None:
+                self.step_control.load_state(control)
+            if state:
+                self.load_method_state(state)
 
     # -- metrics: one gather a step, one host synchronisation a log --------------------------------------------------
 

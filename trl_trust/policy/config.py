@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 from trl import GRPOConfig
@@ -22,6 +22,7 @@ from ..settings import (
     check,
     refuse_unread,
     require,
+    setting,
 )
 
 
@@ -67,6 +68,15 @@ _INHERITED = {
 }
 _MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
 
+# setting of the step control -> modes that read it
+_CONTROL_READS = {
+    "target_kl": ("kl", "backtrack"),
+    "max_kl": ("kl", "stop", "backtrack"),
+    "step_scale_init": ("kl",),
+    "step_scale_min": ("kl", "ess"),
+    "step_scale_max": ("kl", "ess"),
+}
+
 # Fields of TRL 1.16 that shape the vLLM correction.
 _VLLM_WEIGHTS = (
     "vllm_importance_sampling_mode",
@@ -92,6 +102,23 @@ class TrustGRPOConfig(Settings, GRPOConfig):
         default="dapo", metadata={"help": "Aggregation of the per-token loss: grpo, bnpo, dr_grpo or dapo."}
     )
 
+    step_control: Literal["none", "kl", "ess", "stop", "backtrack"] = setting(
+        "none",
+        "What keeps an update to its region: the learning rate follows the measured KL(old || new) (kl) or the "
+        "effective sample size (ess), updates past `max_kl` are left out (stop), or a step is taken back (backtrack).",
+    )
+    target_kl: Positive = setting(
+        0.0013, "KL(old || new) that the policy may have for each update since generation. For kl and backtrack."
+    )
+    max_kl: Positive = setting(0.02, "KL(old || new) that the policy may have in all. For kl, stop and backtrack.")
+    step_scale_init: Positive = setting(
+        0.1, "Factor on the learning rate until the first measurement. For `step_control='kl'`."
+    )
+    step_scale_min: Positive = setting(1e-3, "Least factor on the learning rate. For kl and ess.")
+    step_scale_max: Positive = setting(
+        1.0, "Largest factor. 1: control only brakes; above, it raises a rate that is too low. For kl and ess."
+    )
+
     # field -> what to do instead; subclasses extend it
     unread_fields: ClassVar[dict[str, str]] = {
         "sapo_temperature_neg": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",
@@ -106,6 +133,11 @@ class TrustGRPOConfig(Settings, GRPOConfig):
     def anchors_on_sampler(self) -> bool:
         """Whether the ratio is taken to the sampling policy; then the vLLM correction is not applied a second time."""
         return False
+
+    @property
+    def has_clean_logps(self) -> bool:
+        """Whether `PolicyBatch.logps` are the policy's own: the step control reads KL(old || new) in them."""
+        return True
 
     @property
     def needs_whole_groups(self) -> bool:
@@ -161,11 +193,32 @@ class TrustGRPOConfig(Settings, GRPOConfig):
         if self.use_vllm and self.anchors_on_sampler:
             why = "the ratio is already to the sampler, so there is nothing to correct"
             refuse_unread(self, dict.fromkeys(_VLLM_WEIGHTS, why))
+        self._check_step_control()
         if self.needs_whole_groups:
             self._check_whole_groups("per_device_train_batch_size", "num_generations")
             if self.eval_strategy != "no":
                 generations = "num_generations" if self.num_generations_eval is None else "num_generations_eval"
                 self._check_whole_groups("per_device_eval_batch_size", generations)
+
+    def _check_step_control(self) -> None:
+        mode = self.step_control
+        unread = {name: modes for name, modes in _CONTROL_READS.items() if mode not in modes}
+        refuse_unread(self, {name: f"set step_control={' or '.join(map(repr, m))}" for name, m in unread.items()})
+        if mode == "none":
+            return
+        low, high = self.step_scale_min, self.step_scale_max
+        self.require(low <= high, "step_scale_min", f"must be at most step_scale_max={high!r}")
+        if mode == "kl":
+            ok = low <= self.step_scale_init <= high
+            self.require(ok, "step_scale_init", f"must lie in [step_scale_min, step_scale_max] = [{low!r}, {high!r}]")
+        if mode in ("kl", "backtrack"):
+            self.require(self.target_kl <= self.max_kl, "target_kl", f"must be at most max_kl={self.max_kl!r}")
+        self.require(
+            mode == "ess" or self.has_clean_logps,
+            "step_control",
+            f"reads KL(old || new) in log-probabilities that {type(self).__name__} computes with noise; use 'ess' or "
+            f"'none'",
+        )
 
     def _check_whole_groups(self, batch: str, generations: str) -> None:
         size, group = getattr(self, batch), getattr(self, generations)
