@@ -7,6 +7,9 @@ change of their source, even of a comment, fails here and says what to do.
 
 import hashlib
 import inspect
+import re
+import subprocess
+import sys
 
 import pytest
 import trl
@@ -14,6 +17,7 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOConfig, TrustGRPOTrainer
+from trl_trust.support import check_trl
 
 
 WRITTEN_AGAINST = "1.16.0"
@@ -42,11 +46,12 @@ def test_trl_has_not_changed_under_us(name):
     )
 
 
-@pytest.mark.parametrize("name, expected", [("_get_grad_norm", "913ba6f52f074d10")])
+# the first of transformers 5.23 and 5.24, the second of 5.10, which has no norm over several device meshes
+@pytest.mark.parametrize("name, expected", [("_get_grad_norm", ["913ba6f52f074d10", "159a31c7dfa2beaa"])])
 def test_transformers_has_not_changed_under_us(name, expected):
     """What trl_trust/steps.py touches of `Trainer`: called once an update, between clipping and the step."""
     found = fingerprint(getattr(Trainer, name))
-    assert found == expected, f"Trainer.{name} has changed: read trl_trust/steps.py against it, then write {found!r}."
+    assert found in expected, f"Trainer.{name} has changed: read trl_trust/steps.py against it, then write {found!r}."
 
 
 def test_the_alarm_can_ring():
@@ -70,3 +75,24 @@ def test_the_loss_reads_no_config_field_that_the_base_does_not_know():
     fields = [name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source]
     assert len(fields) > 5
     assert [name for name in fields if name not in base] == []
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "1.160.0", "2.0.0.dev0"])
+def test_an_unread_trl_is_refused_in_one_line(version):
+    with pytest.raises(
+        ImportError, match=re.escape(f"trl=={version} is installed") + r".*pip install 'trl~=1\.16\.0'"
+    ):
+        check_trl(version)
+
+
+def test_an_unread_trl_is_refused_where_a_trainer_is_imported():
+    code = """
+import importlib.metadata as m
+real, m.version = m.version, lambda name: "1.17.3" if name == "trl" else real(name)
+from trl_trust import {}
+"""
+    for name, refused in {"DISPOTrainer": True, "ERPDConfig": True, "AuON": False}.items():
+        done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True)
+        assert ("ImportError: trl==1.17.3 is installed" in done.stderr) == refused == (done.returncode != 0), (
+            done.stderr
+        )

@@ -4,7 +4,7 @@ transformers 5 has no public registration, so two private things of it are touch
 
 - `transformers.training_args.OptimizerNames`, an enum: every `TrainingArguments` turns `optim` into a member of it,
   and the argument parsers list its members as choices. Our names become members.
-- `transformers.trainer_optimizer._OPTIMIZER_HANDLERS`, a dictionary (5.18 to 5.23 at least): `Trainer` looks the
+- `transformers.trainer_optimizer._OPTIMIZER_HANDLERS`, a dictionary (5.10 to 5.24 at least): `Trainer` looks the
   builder of an optimizer up in it. Ours are added.
 
 Both are changed once and only by addition; a name that transformers already has is left to it. A pickled member would
@@ -32,12 +32,12 @@ from .routing import FLATTENED
 
 
 try:
-    # Private in transformers 5.18 to 5.23: {name: handler}, read by Trainer.get_optimizer_cls_and_kwargs.
+    # Private in transformers 5.10 to 5.24: {name: handler}, read by Trainer.get_optimizer_cls_and_kwargs.
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 except ImportError as error:
     raise ImportError(
         "trl_trust.optim plugs into transformers.trainer_optimizer._OPTIMIZER_HANDLERS, which this version of "
-        "transformers lacks; install transformers 5.18 to 5.23, or use Trainer(optimizers=(AuON(model, lr=...), None))"
+        "transformers lacks; install transformers 5.10 to 5.24, or use Trainer(optimizers=(AuON(model, lr=...), None))"
     ) from error
 
 
@@ -61,7 +61,7 @@ def register() -> None:
 def _add_member(value: str) -> None:
     """Add a member to `OptimizerNames`, a `(str, Enum)`, as its metaclass does for one in the class body.
 
-    Relies on `_member_map_`, `_member_names_` and `_value2member_map_`, which Python 3.10 to 3.13 share.
+    Relies on `_member_map_`, `_member_names_` and `_value2member_map_`, which Python 3.11 to 3.13 share.
     """
     if value in OptimizerNames._value2member_map_:
         return
@@ -111,7 +111,7 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
 
     def build(model: nn.Module, **kwargs: Any) -> Optimizer:
         if "no_decay" in options:
-            # Trainer's own list; the method reads nothing of the trainer (transformers 5.18 to 5.23).
+            # Trainer's own list; the method reads nothing of the trainer (transformers 5.10 to 5.24).
             decayed = set(Trainer.get_decay_parameter_names(None, model))
             kwargs["no_decay"] = {name for name, _ in model.named_parameters()} - decayed
         return target(model, **kwargs)
