@@ -34,6 +34,15 @@ SETTINGS: dict[str, dict | Callable[[], dict]] = {
 }
 
 
+# A bound that two of the four steps here meet as they are; the others are undone
+CONTROLS = {"backtrack": {"target_kl": 0.03, "max_kl": 0.03}}
+
+
+def everything() -> list[str]:
+    """What is run in every layout."""
+    return [*(m.name for m in hosted("grpo")), "dispo+kl", "dispo+ess", "dispo+stop", "dispo+backtrack"]
+
+
 def scripted(trainer_class):
     """Subclass whose completions are drawn from (step, global row) instead of from the model."""
 
@@ -57,7 +66,11 @@ def scripted(trainer_class):
 def run(
     name: str, model_path: str, output_dir: Path, processes: int, loss_type: str = "dapo"
 ) -> dict[str, torch.Tensor]:
-    """Train method `name` for two generations of two updates each; return the trained parameters, on every process."""
+    """Train method `name` for two generations of two updates each; return the trained parameters, on every process.
+
+    `name+mode` trains it under `step_control=mode`.
+    """
+    name, _, control = name.partition("+")
     method = get_method(name)
     module = import_module(method.module)
     extra = SETTINGS.get(name, {})
@@ -73,6 +86,8 @@ def run(
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation,
         max_steps=4,
+        step_control=control or "none",
+        **CONTROLS.get(control, {}),
     )
     args = tiny_config(getattr(module, method.config), output_dir, **{**config, **extra.get("config", {})})
     trainer = tiny_trainer(scripted(getattr(module, method.trainer)), model_path, args, **extra.get("trainer", {}))
@@ -84,7 +99,7 @@ def run(
 if __name__ == "__main__":
     output_dir, model_path, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
-    for name in names or [m.name for m in hosted("grpo")]:
+    for name in names or everything():
         parameters = run(name, model_path, output_dir / name, processes=int(os.environ["WORLD_SIZE"]))
         torch.save(parameters, output_dir / f"{name}-{os.environ['RANK']}.pt")
     leave()

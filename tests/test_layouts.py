@@ -10,10 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_trust.methods import hosted
 
-
-NAMES = [method.name for method in hosted("grpo")]
+NAMES = layouts.everything()
 
 
 @pytest.fixture(scope="module")
