@@ -161,8 +161,9 @@ def report() -> None:
     TABLE.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    panels = sorted({name[:3] for name in drawn})
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    panels = sorted({name[:3] for name, points in drawn.items() if len(points) > 2})
+    colors = {"plain": "tab:orange", "kl": "tab:blue", "kl10": "tab:green"}
+    figure = Figure(figsize=(6 * len(panels), 3.8), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         for name, points in sorted(drawn.items()):
             if name[:3] == panel:
@@ -170,23 +171,23 @@ def report() -> None:
                 label = {"plain": "plain", "kl": "step_control=kl", "kl10": "kl, factor up to 10"}.get(
                     name[3], name[3]
                 )
-                (line,) = axes.plot(rates, means, marker="o", label=label)
-                axes.fill_between(rates, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+                axes.plot(rates, means, marker="o", label=label, color=colors[name[3]])
+                axes.fill_between(rates, low, high, alpha=0.15, color=colors[name[3]], linewidth=0)
         axes.set(xscale="log", xlabel="nominal learning rate", title=f"{panel[2]} on {panel[0]}, {panel[1]}")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[0].set_ylabel("held-out pass@1 (mean and range over starts)")
     figure.savefig(PICTURE)
-    figure.savefig(PICTURE.with_suffix(".png"), dpi=110)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Plain and steered runs over learning rates.")
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("plan", nargs="*")
-    parser.add_argument("--rate-times", nargs=2, type=int, metavar=("UPDATE", "FACTOR"), help="a fault, see run_one")
+    parser.add_argument("--rate-times", metavar="UPDATE,FACTOR", help="a fault, see run_one")
     args = parser.parse_args()
-    report() if args.what == "report" else run(args.plan, args.rate_times)
+    fault = [int(x) for x in args.rate_times.split(",")] if args.rate_times else None
+    report() if args.what == "report" else run(args.plan, fault)
     return 0
 
 

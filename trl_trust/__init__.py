@@ -18,6 +18,7 @@ _EXPORTS = {
     "Rollouts": "trl_trust.policy.base",
     "TrustGRPOConfig": "trl_trust.policy.base",
     "TrustGRPOTrainer": "trl_trust.policy.base",
+    "TrustMonitor": "trl_trust.monitor",
     "ERPDTeacherTrainer": "trl_trust.distill.erpd",
     "erpd_signal": "trl_trust.distill.erpd",
     "erpd_teacher_loss": "trl_trust.distill.erpd",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
+    from .monitor import TrustMonitor
     from .optim import FISMO, TRAM, AuON, HybridAuON, Muon
     from .policy.alp import ALPConfig, ALPTrainer, alp_loss
     from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer

@@ -203,6 +203,13 @@ class TrustGRPOTrainer(TrustTelemetry, SteeredSteps, GRPOTrainer):
                 f"num_iterations={args.num_iterations}: every update uses fresh rollouts. Set steps_per_generation to "
                 f"2 or more times gradient_accumulation_steps, or num_iterations above 1, or use 'backtrack'."
             )
+        if args.step_control in ("stop", "backtrack") and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"step_control={args.step_control!r} leaves a step out or takes it back, but DeepSpeed's engine steps "
+                f"inside the last backward; use 'kl' or 'ess', or another launcher than DeepSpeed."
+            )
+        if args.step_control == "backtrack" and self.accelerator.scaler is not None:
+            raise ValueError("step_control='backtrack' takes steps back, which fp16's scaler may skip; use bf16=True.")
         self.start_control(args.steps_per_generation * self.num_iterations // args.gradient_accumulation_steps)
 
     def _warnings(self) -> Iterator[str]:
