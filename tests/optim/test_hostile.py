@@ -33,6 +33,7 @@ NEWTON_SCHULZ = {
     "ns_steps": [-1, 100, 1.5, "five", NAN, True],
     "ns_coefficients": [1.0, None, (1.0, 2.0), (1.0, 2.0, NAN), (1.0, 2.0, INF), "abc", (1.0, 2.0, "x")],
     "ns_dtype": ["float16", None, torch.float32, []],
+    "ns_form": ["grams", None, []],
 }
 BRAKE = {
     "variant": ["papers", None, []],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..settings import BelowOne, NonNegative, Positive, Range
 from .matrix import Layout, MatrixOptimizer, ShapeScale, State, shape_factor
-from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSSteps, newton_schulz
+from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSForm, NSSteps, newton_schulz
 
 
 Variant = Literal["paper", "repo"]
@@ -35,6 +35,7 @@ def auon_direction(
     ns_steps: int = 0,
     ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
     ns_dtype: torch.dtype | None = None,
+    ns_form: NSForm = "auto",
     rms_form: Literal["sqrt", "square"] = "sqrt",
     brake_scale: Literal["frobenius", "rms"] = "frobenius",
     eps: float = 1e-7,
@@ -48,7 +49,7 @@ def auon_direction(
     size = updates.shape[-2] * updates.shape[-1]
     norm = torch.linalg.vector_norm(updates, dim=(-2, -1), keepdim=True)  # (..., 1, 1)
     if ns_steps:
-        core = newton_schulz(updates / (norm + eps), ns_steps, ns_coefficients, ns_dtype)
+        core = newton_schulz(updates / (norm + eps), ns_steps, ns_coefficients, ns_dtype, ns_form)
         norm = torch.linalg.vector_norm(core, dim=(-2, -1), keepdim=True)
         numerator = 1.0
     else:
@@ -129,6 +130,7 @@ class AuON(MatrixOptimizer):
         ns_steps: Newton-Schulz iterations before the brake; 0 is AuON, more is Hybrid-AuON.
         ns_coefficients: Of the quintic.
         ns_dtype: Precision of the iteration, `"float32"` or `"bfloat16"`.
+        ns_form: How it is computed, `"plain"`, `"gram"`, or `"auto"` by shape; see [`newton_schulz`].
         rms_form: `"sqrt"` or, as the paper prints the Hybrid, `"square"`.
         shape_scale: `None`, `"original"` = sqrt(max(1, m/n)), or `"match_rms_adamw"`, which brings the update's root
             mean square to .2 sqrt(max(m, n)) times an orthogonal one's.
@@ -155,6 +157,7 @@ class AuON(MatrixOptimizer):
         ns_steps: NSSteps = 0,
         ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
         ns_dtype: Literal["float32", "bfloat16"] = "float32",
+        ns_form: NSForm = "auto",
         rms_form: Literal["sqrt", "square"] = "sqrt",
         shape_scale: ShapeScale | None = None,
         brake_scale: Literal["frobenius", "rms"] = "frobenius",
@@ -169,6 +172,7 @@ class AuON(MatrixOptimizer):
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_dtype": ns_dtype,
+            "ns_form": ns_form,
             "rms_form": rms_form,
             "shape_scale": shape_scale,
             "brake_scale": brake_scale,
@@ -200,6 +204,7 @@ class AuON(MatrixOptimizer):
             ns_steps=group["ns_steps"],
             ns_coefficients=group["ns_coefficients"],
             ns_dtype=NS_DTYPES[group["ns_dtype"]],
+            ns_form=group["ns_form"],
             rms_form=group["rms_form"],
             brake_scale=group["brake_scale"],
             eps=group["eps"],

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..settings import BelowOne, Count, Fraction, NonNegative, Positive, Whole
 from .matrix import Layout, MatrixOptimizer, ShapeScale, State
-from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSSteps, muon_direction
+from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSForm, NSSteps, muon_direction
 
 
 Damping = Literal["paper", "relative"]
@@ -196,6 +196,7 @@ class FISMO(MatrixOptimizer):
         ns_steps: Newton-Schulz iterations of the polar factor, 0 to 99; 0 is an exact SVD.
         ns_coefficients: Of the quintic.
         ns_dtype: Precision of the iteration, `"float32"` or `"bfloat16"`.
+        ns_form: How it is computed, `"plain"`, `"gram"`, or `"auto"` by shape; see [`newton_schulz`].
         root: How P^-1/2 is found. `"cholesky"` is exact and by far the fastest where no whitened momentum outlives the
             step: `momentum=0` or `momentum_space="param"`. Else `"eigh"`, or `"newton_schulz"`, products only.
         eig_floor: Floor of the eigenvalues under `"eigh"`, relative to the largest, > 0.
@@ -227,6 +228,7 @@ class FISMO(MatrixOptimizer):
         ns_steps: NSSteps = 5,
         ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
         ns_dtype: Literal["float32", "bfloat16"] = "float32",
+        ns_form: NSForm = "auto",
         root: Root = "eigh",
         eig_floor: Positive = 1e-8,
         update_interval: Count = 1,
@@ -245,6 +247,7 @@ class FISMO(MatrixOptimizer):
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_dtype": ns_dtype,
+            "ns_form": ns_form,
             "root": root,
             "eig_floor": eig_floor,
             "update_interval": update_interval,
@@ -310,7 +313,9 @@ class FISMO(MatrixOptimizer):
             dtype = NS_DTYPES[group["ns_dtype"]] if group["ns_dtype"] == "bfloat16" else None
             # The norm is 1 or more, except where a momentum has decayed into subnormal numbers: a floor of 1 lets that
             # one fade, which otherwise would go on stepping at full length in the direction of its last bits.
-            orthogonal = muon_direction(unit, group["ns_steps"], group["ns_coefficients"], 1.0, dtype)
+            orthogonal = muon_direction(
+                unit, group["ns_steps"], group["ns_coefficients"], 1.0, dtype, group["ns_form"]
+            )
         direction = both(unwhiten, orthogonal)
         if group["graft"] == "polar":
             norm = torch.linalg.matrix_norm(direction, keepdim=True)
