@@ -138,7 +138,7 @@ def test_restarts_keep_bfloat16_where_the_plain_form_is(values):
         return ((found - exact).norm() / exact.norm()).item(), torch.linalg.matrix_norm(found, 2).item()
 
     plain, restarted, one_piece = (error(form=f, schedule=s) for f, s in (("plain", ()), ("gram", ()), ("gram", (5,))))
-    # .04: the diagonals of the small products are rounded to bf16 too; of equal singular values that moves all at once.
+    # .04: the diagonals of the small products are rounded to bf16 too; equal singular values then move all at once.
     assert restarted[0] < plain[0] + 0.04 and restarted[1] < plain[1] + 0.05
     if values.min() < 0.1:
         assert one_piece[0] > plain[0] + 0.5  # what the restarts are for
