@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 
@@ -345,8 +344,10 @@ def unread_fields(module: str, config: str) -> list[str]:
 
 
 def source_of(module: str) -> list[ast.stmt]:
-    """The statements of a module, which is not imported."""
-    return ast.parse(Path(find_spec(module).origin).read_text("utf-8")).body
+    """The statements of a module of this package, which is not imported."""
+    # `find_spec` would import the packages above it, which load torch
+    path = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text("utf-8")).body
 
 
 def class_body(source: list[ast.stmt], name: str) -> list[ast.stmt]:

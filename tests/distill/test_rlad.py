@@ -248,7 +248,7 @@ def test_a_token_that_the_teacher_excludes_is_bounded_by_the_clamp():
         ({"clamp_grad": "none"}, "must be 'literal' or 'straight_through'"),
         ({"teacher_kl_coef": -0.1}, "must be a finite number >= 0"),
         ({"epsilon": 1.0}, r"must be a number in \[0, 1\)"),
-        ({"epsilon_high": -0.1}, "must be a finite number >= 0, or None"),
+        ({"epsilon_high": -0.1}, r"must be a number >= 0 \(`inf` is allowed\), or None"),
         ({"beta": -0.1}, "must be a finite number >= 0"),
         ({"delta": 4.0}, "two-sided clipping"),
         ({"importance_sampling_level": "sequence"}, "one per token"),

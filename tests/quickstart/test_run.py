@@ -74,7 +74,7 @@ def test_without_matplotlib_it_says_so_and_goes_on(monkeypatch, tmp_path):
 def test_an_unknown_optimizer_is_one_line_before_any_work(capsys, tmp_path):
     assert run.main(["--smoke", "--optim", "nonesuch", "--output-dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("trl-trust quickstart: nonesuch")
+    assert error.startswith("trl-trust quickstart: optim='nonesuch'")
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
 
