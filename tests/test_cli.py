@@ -443,6 +443,66 @@ def test_resume_from_the_last_checkpoint(recipe, tmp_path):
     assert [entry["step"] for entry in state["log_history"]] == [1, 2]
 
 
+# -- the baseline ----------------------------------------------------------------------------------------------------
+
+
+def trained_by(path, *words):
+    """What `trl-trust grpo` trains, and its log."""
+    start = import_module("trl_trust.baseline").prepare(["--config", path, *words])
+    start()
+    return start.args[0]
+
+
+def test_grpo_takes_the_recipe_of_a_method(recipe, capsys):
+    path = recipe(epsilon_pos_low=0.3, num_processes=1)
+    trainer = trained_by(path)
+    assert type(trainer).__name__ == "TrustGRPOTrainer"
+    assert "trl-trust: left out, since GRPO does not know them: epsilon_pos_low\n" in capsys.readouterr().out
+    assert any("trust/ratio/mean" in entry for entry in trainer.state.log_history)
+    trainer = trained_by(path, "--loss_type", "cispo")
+    assert type(trainer).__name__ == "GRPOTrainer" and trainer.args.loss_type == "cispo"
+    assert "unknown field 'epsilon_pos_low' on the command line" in error_of(
+        capsys, "grpo", "--config", path, "--epsilon_pos_low", "0.2"
+    )
+
+
+def test_grpo_launches_the_recipe_of_a_method(recipe, launched):
+    path = recipe(epsilon_pos_low=0.3, num_processes=2)
+    assert cli.main(["grpo", "--config", path]) == 0
+    assert launched[0].num_processes == 2
+    assert launched[0].training_script_args == ["grpo", "--config", path]
+
+
+@pytest.mark.parametrize("name", [name for name in cli.recipes() if not name.startswith("erpd/")])
+def test_grpo_reads_the_recipe_of_every_method(name, tmp_path):
+    baseline = import_module("trl_trust.baseline")
+    words = ["--use_vllm", "false", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    parser = baseline.make_parser()
+    _, config, *_ = parser.parse(["--config", str(cli.recipes()[name]), *words])
+    assert type(config).__name__ == "TrustGRPOConfig" and not set(parser.left_out) & set(vars(config))
+
+
+def test_a_policy_term_of_ones_own(recipe, tmp_path, monkeypatch, capsys):
+    page = (Path(cli.__file__).parent.parent / "docs" / "cli.md").read_text()
+    (tmp_path / "my_losses.py").write_text(page.split("```python\n# my_losses.py\n")[1].split("```")[0])
+    with open(tmp_path / "my_losses.py", "a") as module:
+        module.write("\n\ndef needs(batch, *, unknown):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    path = recipe(policy_loss="my_losses.reinforce", epsilon=0.3)
+    trainer = trained_by(path)
+    module, seen = import_module("my_losses"), []
+    monkeypatch.setattr(module, "reinforce", lambda batch, *, epsilon: seen.append(epsilon))
+    import_module("trl_trust.baseline").with_loss(module.reinforce).policy_loss(trainer, None)
+    assert seen == [0.3]
+    for words, said in [
+        (["--policy_loss", "my_losses.nothing"], "policy_loss='my_losses.nothing' cannot be imported"),
+        (["--policy_loss", "my_losses.needs"], "keyword 'unknown' is no field of TrustGRPOConfig"),
+        (["--loss_type", "sapo"], "are two policy terms"),
+    ]:
+        assert said in error_of(capsys, "grpo", "--config", path, *words)
+
+
 # -- TRL's own scripts -----------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from .tools import TOOLS
 
 
 # TRL's own scripts, run as they are, with the optimizers of this package known by name
-TRL_SCRIPTS = ("sft", "dpo", "grpo", "kto", "reward", "rloo", "distillation")
+TRL_SCRIPTS = ("sft", "dpo", "kto", "reward", "rloo", "distillation")
 
 
 def main(argv: list[str] | None = None, launch: bool = True) -> int:
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
             return import_module(tools[command].module).main(rest) or 0
     elif command in methods and wants_help:
         show(partial(method_help, command))
-    elif command in methods or command in TRL_SCRIPTS or command == "rollouts":
+    elif command in methods or command in (*TRL_SCRIPTS, "grpo", "rollouts"):
         # a process that a launcher started does not launch again
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
     else:
         with one_line_errors():
-            known = [*methods, *TRL_SCRIPTS, *tools, *SHOW, "rollouts", "quickstart"]
+            known = [*methods, *TRL_SCRIPTS, *tools, *SHOW, "grpo", "rollouts", "quickstart"]
             raise ValueError(f"unknown command {command!r}; {near(command, known, n=3)}")
     return 0
 
@@ -133,6 +133,9 @@ def script_of(command: str) -> tuple:
         script = import_module(f"trl.scripts.{command}")
         parser = RecipeParser(script.make_parser().dataclass_types, prog=prog)
         return parser, lambda words: partial(script.main, *parser.parse(words))
+    if command == "grpo":
+        baseline = import_module("trl_trust.baseline")
+        return baseline.make_parser(prog=prog), baseline.prepare
     if command == "rollouts":
         rollouts = import_module("trl_trust.distill.rollouts")
         return rollouts.make_parser(prog), rollouts.prepare
@@ -247,6 +250,9 @@ Usage: trl-trust COMMAND [--config RECIPE] [--FIELD VALUE ...]
 
 Train with a method of this package (`trl-trust METHOD --help` shows its settings):
 {rows}
+
+Train with stock GRPO from the recipe of a method, or with a policy term of your own:
+  grpo          TRL's GRPO to the bit, with the metrics that every method logs; --policy_loss my_module.my_loss
 
 Train with TRL's own script, with the optimizers of this package known by name:
   {" ".join(TRL_SCRIPTS)}

@@ -261,8 +261,10 @@ def check_reward_columns(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def build_trainer(method: Method, script_args: TrustScriptArguments, training_args, model_args, dataset_args):
-    """Return the trainer of `method`, ready to train.
+def build_trainer(
+    method: Method, script_args: TrustScriptArguments, training_args, model_args, dataset_args, trainer_class=None
+):
+    """Return the trainer of `method`, or of `trainer_class` in its place, ready to train.
 
     Raises:
         ValueError: for settings that do not fit each other, the data or the rewards, each said in one line.
@@ -292,7 +294,7 @@ def build_trainer(method: Method, script_args: TrustScriptArguments, training_ar
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = getattr(import_module(method.module), method.trainer)(
+    trainer = (trainer_class or getattr(import_module(method.module), method.trainer))(
         model=model,
         reward_funcs=rewards,
         args=training_args,
