@@ -1,6 +1,7 @@
 """The Gram form of Newton-Schulz: how far it drifts, and what a whole step takes on the shapes of real models.
 
-    python benchmarks/gram.py drift speed [--models qwen3-0.6b lora] [--rounds 9] [--json benchmarks/results/gram.json]
+    python benchmarks/gram.py drift speed [--models qwen3-0.6b lora] [--rounds 9] [--device cpu]
+                                          [--json benchmarks/results/gram.json]
 
 `drift`: distance to the plain form in float64, for spectra from kind to unkind, in bf16 and float32, over schedules of
 restarts (a schedule lists the steps between two computations of the Gram matrix; 1+1+1+1+1 is the plain form).
@@ -75,25 +76,27 @@ def drift():
     return rows
 
 
-def pair(shapes, rounds, ns_form):
+def pair(shapes, rounds, ns_form, device):
     ours = lambda d: Muon(parameters(shapes, d), lr=0.02, ns_form=ns_form)
     theirs = lambda d: torch.optim.Muon(parameters(shapes, d), lr=0.02, weight_decay=0.0)
-    return compare(ours, theirs, rounds, "cpu")
+    return compare(ours, theirs, rounds, device)
 
 
-def speed(names, rounds, ns_form):
+def speed(names, rounds, ns_form, device):
     measured, rows = {}, {}
     for name in names:
         if name == "lora":
-            row = pair(adapters(1024, 28), rounds, ns_form)
+            row = pair(adapters(1024, 28), rounds, ns_form, device)
             rows[name] = {"what": "rank 16 on all projections, 28 layers of width 1024", "rounds": rounds, **row}
             print(name, rows[name], flush=True)
             continue
         for shape in MODELS[name]:
             if shape not in measured:
                 size = shape[0] * shape[1]
-                number = rounds if size < 3e6 else min(rounds, 3) if size < 1.5e7 else min(rounds, 2)
-                measured[shape] = {"rounds": number, **pair([shape], number, ns_form)}
+                number = (
+                    rounds if size < 3e6 or device != "cpu" else min(rounds, 3) if size < 1.5e7 else min(rounds, 2)
+                )
+                measured[shape] = {"rounds": number, **pair([shape], number, ns_form, device)}
                 print(shape, measured[shape], flush=True)
         total = lambda side, name=name: sum(count * measured[s][side] for s, count in MODELS[name].items())
         rows[name] = {
@@ -110,20 +113,23 @@ def main():
     parser.add_argument("--models", nargs="+", default=["lora", *MODELS], choices=["lora", *MODELS])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ns-form", default="auto", choices=("auto", "plain", "gram"))
+    parser.add_argument("--device", default="cpu", help="on a GPU the time is the clock's, between synchronisations")
     parser.add_argument("--json", type=Path, help="file for the results; parts and models of earlier runs stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.ones(7_900_000)  # see optimizers.py
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    device = _cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
     origin = {
-        "machine": {"device": _cpu_name(), "threads": 1, "torch": torch.__version__},
+        "machine": {"device": device, "threads": 1, "torch": torch.__version__},
         "command": "python benchmarks/gram.py " + " ".join(sys.argv[1:]),
     }
     if "drift" in args.parts:
         results["drift"] = {"rows": drift(), **origin}
     for name in args.models if "speed" in args.parts else ():
-        (row,) = speed([name], args.rounds, args.ns_form).values()
-        results.setdefault(f"speed {args.ns_form}", {})[name] = row | origin
+        (row,) = speed([name], args.rounds, args.ns_form, args.device).values()
+        part = f"speed {args.ns_form}" + (f" {args.device}" if args.device != "cpu" else "")
+        results.setdefault(part, {})[name] = row | origin
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.json:

@@ -108,6 +108,7 @@ def build_start(
     num_attention_heads: int = 2,
     seed: int = 0,
     task: Task | str = "addition",
+    device: str = "cpu",
     **warm_start_options,
 ) -> Path:
     """Build, warm-start and write model and tokenizer to `output_dir`, and return it: a model id for any TRL trainer.
@@ -117,6 +118,7 @@ def build_start(
         hidden_size: See [`build_model`], like the two that follow.
         seed: Seed of the parameters and of the demonstrations.
         task: The task, or its name; what it states as its start holds unless an option says otherwise.
+        device: Where the warm start is computed.
         warm_start_options: See [`warm_start`].
     """
     task = get_task(task) if isinstance(task, str) else task
@@ -127,7 +129,7 @@ def build_start(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         seed=seed,
-    )
+    ).to(device)
     warm_start(model, tokenizer, seed=seed, task=task, **{**task.start, **warm_start_options})
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
