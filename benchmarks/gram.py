@@ -9,7 +9,9 @@ restarts (a schedule lists the steps between two computations of the Gram matrix
 `speed`: CPU time of a whole step of `trl_trust.optim.Muon` (momentum and write-back included) over one of
 `torch.optim.Muon`, both in bf16, one matrix of each distinct shape, interleaved, one thread; a model's figure weighs
 the times of its shapes by their number. Larger shapes take fewer rounds, and the 8B model's tall one stands for its
-transpose.
+transpose. `whole`: all matrices of a model at once, as a GPU can hold them (of the 8B model every eighth): what is of
+one shape
+is one batch in ours.
 """
 
 import argparse
@@ -107,9 +109,17 @@ def speed(names, rounds, ns_form, device):
     return rows
 
 
+def whole(name, rounds, ns_form, device):
+    share = 8 if name == "llama-3-8b" else 1
+    shapes = [shape for shape, number in MODELS[name].items() for _ in range(number // share)]
+    row = {"matrices": len(shapes), "share": f"1/{share}", "rounds": rounds, **pair(shapes, rounds, ns_form, device)}
+    print(name, row, flush=True)
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("drift", "speed"))
+    parser.add_argument("parts", nargs="+", choices=("drift", "speed", "whole"))
     parser.add_argument("--models", nargs="+", default=["lora", *MODELS], choices=["lora", *MODELS])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ns-form", default="auto", choices=("auto", "plain", "gram"))
@@ -132,6 +142,11 @@ def main():
         results.setdefault(part, {})[name] = row | origin
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name in args.models if "whole" in args.parts else ():
+        if name in MODELS:
+            part = f"whole {args.ns_form} {args.device}"
+            row = whole(name, args.rounds, args.ns_form, args.device)
+            results.setdefault(part, {})[name] = row | origin
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

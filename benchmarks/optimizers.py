@@ -36,10 +36,11 @@ def adapters(width, depth, rank=16):
 
 
 def parameters(shapes, device, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(device, dtype)) for s in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    normal = lambda shape, scale: (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+    params = [torch.nn.Parameter(normal(shape, 0.02)) for shape in shapes]
     for p in params:
-        p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device, dtype)
+        p.grad = normal(p.shape, 1e-3)
     return params
 
 
