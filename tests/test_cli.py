@@ -295,7 +295,7 @@ def test_under_a_launcher_it_trains_in_process(recipe, launched, monkeypatch):
     ran = []
     monkeypatch.setattr(script.RecipeParser, "parse", lambda self, words: (Namespace(dataset_name="data"),))
     monkeypatch.setattr(script, "build_trainer", lambda method, *configs: method)
-    monkeypatch.setattr(script, "run", lambda trainer, name: ran.append((trainer.name, name)))
+    monkeypatch.setattr(script, "run", lambda trainer, name, recipe: ran.append((trainer.name, name)))
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["dispo", "--config", recipe()]) == 0
     assert (ran, launched) == ([("dispo", "data")], [])
@@ -441,6 +441,41 @@ def test_resume_from_the_last_checkpoint(recipe, tmp_path):
     assert cli.main(["dispo", *words], launch=False) == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"]] == [1, 2]
+
+
+def stop_at_the_second(completions, **kwargs):
+    stop_at_the_second.calls += 1
+    if stop_at_the_second.calls == 2:
+        raise RuntimeError("enough")
+    return [float(i) for i in range(len(completions))]
+
+
+def test_a_run_leaves_its_log_and_its_recipe_however_it_ends(recipe, tmp_path, monkeypatch, capsys):
+    path = recipe(
+        logging_steps=1, max_steps=3, num_processes=4, num_iterations=2, hub_token="secret", dataset_test_split="no"
+    )
+    words = ["dispo", "--config", path, "--learning_rate", "1e-4", "--chat_template_kwargs", '{"a": 1}']
+    words += ["--reward_funcs", f"{__name__}.stop_at_the_second"]
+    monkeypatch.setattr(stop_at_the_second, "calls", 0, raising=False)
+    with pytest.raises(RuntimeError, match="enough"):
+        cli.main([*words, "--steps_per_generation", "1"], launch=False)
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2]
+    assert cli.main(["plot", str(out)]) == 0 and (out / "plot.svg").exists()
+
+    kept = out / "trl_trust_recipe.yaml"
+    assert (
+        kept.read_text().startswith("# trl-trust dispo, as it was run with trl ") and "secret" not in kept.read_text()
+    )
+    parsed = []
+    for given in (words[1:], ["--config", str(kept)]):
+        parsed.append([vars(config) for config in script.make_parser(get_method("dispo")).parse(given)])
+    assert yaml.safe_load(kept.read_text())["num_processes"] == 4
+    for name, theirs in parsed[0][1].items():
+        if name not in ("hub_token", "steps_per_generation", "generation_batch_size"):
+            assert repr(parsed[1][1][name]) == repr(theirs), name
+    assert parsed[1][0] == parsed[0][0]
 
 
 # -- the baseline ----------------------------------------------------------------------------------------------------

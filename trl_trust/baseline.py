@@ -79,7 +79,7 @@ def prepare(words: list[str]) -> Callable[[], None]:
     """
     loss_type = stated(words, "loss_type")
     method = STOCK if loss_type in STOCK_LOSSES else GRPO
-    parser = make_parser(method)
+    parser = make_parser(method, "trl-trust grpo")
     script_args, *configs = parser.parse(words)
     if parser.left_out and int(os.environ.get("RANK", 0)) == 0:
         print("trl-trust: left out, since GRPO does not know them:", ", ".join(parser.left_out))
@@ -91,7 +91,9 @@ def prepare(words: list[str]) -> Callable[[], None]:
                 f"own, `loss_type` is the aggregation, grpo, bnpo, dr_grpo or dapo"
             )
         trainer_class = with_loss(load_function(script_args.policy_loss, "policy_loss"))
-    return partial(run, build_trainer(method, script_args, *configs, trainer_class), script_args.dataset_name)
+    return partial(
+        run, build_trainer(method, script_args, *configs, trainer_class), script_args.dataset_name, parser.recipe()
+    )
 
 
 def with_loss(loss: Callable) -> type:

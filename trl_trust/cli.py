@@ -20,6 +20,12 @@ from .methods import GRADES, HOSTS, METHODS, get_method
 from .tools import TOOLS
 
 
+# what is neither a method nor a tool of the table: word -> module with `main(words) -> int`
+COMMANDS = {"plot": "trl_trust.plot", "quickstart": "trl_trust.quickstart.run"}
+
+# TRL's own commands that train nothing
+TRL_COMMANDS = ("env", "vllm-serve")
+
 # TRL's own scripts, run as they are, with the optimizers of this package known by name
 TRL_SCRIPTS = ("sft", "dpo", "kto", "reward", "rloo", "distillation")
 
@@ -43,8 +49,11 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         show(top_help)
     elif command == "--version":
         print(import_module("trl_trust").__version__)
-    elif command == "quickstart":
-        return import_module("trl_trust.quickstart.run").main(rest)
+    elif command in COMMANDS:
+        with one_line_errors():
+            return import_module(COMMANDS[command]).main(rest)
+    elif command in TRL_COMMANDS:
+        return import_module("trl.cli.main").main(words) or 0
     elif command in SHOW:
         with one_line_errors():
             if rest and not wants_help:
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
     else:
         with one_line_errors():
-            known = [*methods, *TRL_SCRIPTS, *tools, *SHOW, "grpo", "rollouts", "quickstart"]
+            known = [*methods, *TRL_SCRIPTS, *TRL_COMMANDS, *tools, *SHOW, *COMMANDS, "grpo", "rollouts"]
             raise ValueError(f"unknown command {command!r}; {near(command, known, n=3)}")
     return 0
 
@@ -262,10 +271,13 @@ Train with TRL's own script, with the optimizers of this package known by name:
 
 Look around:
   quickstart    train a small model here and now: no download, no GPU
+  plot          draw reward, entropy, KL and what the region did, of one or several runs
   methods       the methods, with paper and provenance
   tools         what measures and builds, with paper and provenance
   optimizers    the optimizers that `--optim NAME` knows
   recipes       the recipes that `--config NAME` knows
+
+TRL's own: {", ".join(TRL_COMMANDS)}
 
 Options:
   --config      recipe (YAML): a file, or a short name such as dispo/qwen3-1.7b-math

@@ -3,19 +3,25 @@
 What `trl grpo` is to `GRPOTrainer`, for any row of the table of methods. Importing this module does not import torch.
 """
 
+import copy
 import inspect
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from functools import cache, partial
 from importlib import import_module
-from typing import get_args, get_type_hints
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import yaml
 from trl import ScriptArguments, TrlParser
 
 from .lookup import near
 from .methods import Method
+from .plot import RECIPE_FILE
 from .rewards import load_reward_func, math_accuracy_reward
 
 
@@ -82,11 +88,20 @@ class RecipeParser(TrlParser):
         self.field_names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
         hints = {name: hint for dtype in self.dataclass_types for name, hint in get_type_hints(dtype).items()}
         self.number_names = {k for k, hint in hints.items() if {hint, *get_args(hint)} & {int, float}}
+        # of two options of one name, `--x` and `--no_x`, argparse takes the default of the first
+        self.defaults = {action.dest: copy.deepcopy(action.default) for action in reversed(self._actions)}
+        self.given: dict[str, Any] = {}  # after `parse`: what is not at its default, from recipe and command line
 
     def error(self, message: str):
         if choice := re.search(r"^argument --(\w+): invalid choice: '(.*?)' \(choose from (.*)\)$", message):
             refuse_choice(choice[1], choice[2], choice[3].replace("'", "").split(", "))
         raise ValueError(message)
+
+    def parse_known_args(self, *args, **kwargs):
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        given = {name: value for name, value in vars(namespace).items() if value != self.defaults.get(name)}
+        self.given = copy.deepcopy(given)  # configs work on their values
+        return namespace, rest
 
     def set_defaults_with_config(self, **config) -> list[str]:
         choices = {action.dest: action.choices for action in self._actions if action.choices}
@@ -127,7 +142,24 @@ class RecipeParser(TrlParser):
             if word in launcher_options():
                 raise ValueError(f"{word} is for the launcher: pass it to `accelerate launch`, or run `trl-trust`")
         self.refuse_unknown(from_words, "on the command line")
+        launched = {
+            name.lstrip("-"): yaml.safe_load(value) for name, value in zip(*[iter(from_recipe)] * 2, strict=True)
+        }
+        self.given |= launched
         return tuple(configs)
+
+    def recipe(self) -> str:
+        """What was parsed, as a recipe: every setting that is not at its default.
+
+        Not in it: options of the launcher on the command line, what the recipe put into the environment, and tokens.
+        """
+        versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
+        given = {
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in self.given.items()
+            if not name.endswith("_token")
+        }
+        return f"# {self.prog}, as it was run with {versions}\n{yaml.safe_dump(given, sort_keys=False)}"
 
     def refuse_unknown(self, words: list[str], where: str, also_known: Iterable[str] = ()) -> None:
         """Raise `ValueError` for the first word that starts like an option and is none, naming the nearest one."""
@@ -170,8 +202,9 @@ def prepare(words: list[str], method: Method) -> Callable[[], None]:
     Raises:
         ValueError, OSError: see [`build_trainer`].
     """
-    script_args, *configs = make_parser(method).parse(words)
-    return partial(run, build_trainer(method, script_args, *configs), script_args.dataset_name)
+    parser = make_parser(method, f"trl-trust {method.name}")
+    script_args, *configs = parser.parse(words)
+    return partial(run, build_trainer(method, script_args, *configs), script_args.dataset_name, parser.recipe())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -346,10 +379,23 @@ def find_checkpoint(args) -> str | None:
     return name
 
 
-def run(trainer, dataset_name: str | None = None) -> None:
-    """Train, save to `output_dir`, push to the Hub if `push_to_hub` asks for it, and close what the trainer opened."""
-    args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+def run(trainer, dataset_name: str | None = None, recipe: str = "") -> None:
+    """Train, save to `output_dir`, push to the Hub if `push_to_hub` asks for it, and close what the trainer opened.
+
+    The log and `recipe`, a text, are kept in `output_dir` too, for `trl-trust plot`, however the training ends.
+    """
+    from .keep import KeepLog
+
+    args, log = trainer.args, KeepLog()
+    trainer.add_callback(log)
+    if recipe and trainer.is_world_process_zero():
+        os.makedirs(args.output_dir, exist_ok=True)
+        Path(args.output_dir, RECIPE_FILE).write_text(recipe, "utf-8")
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:
+        if trainer.state.log_history:  # else it is not the run's own yet
+            log.write(args, trainer.state)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     if args.push_to_hub:

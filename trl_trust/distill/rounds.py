@@ -222,6 +222,7 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_state()  # for `trl-trust plot`
     if is_peft_model(trainer.model):
         model = trainer.accelerator.unwrap_model(trainer.model)
         if state.is_main_process:
