@@ -15,6 +15,8 @@ import pytest
 import trl
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental import async_grpo
+from trl.experimental.async_grpo import async_grpo_trainer, packing
 
 from trl_trust.policy.base import MULTIMODAL_INPUTS, TrustGRPOConfig, TrustGRPOTrainer
 from trl_trust.support import check_trl
@@ -44,6 +46,49 @@ def test_trl_has_not_changed_under_us(name):
         f"trl_trust/policy/base.py was written against. Read what changed, carry it over to TrustGRPOTrainer, extend "
         f"OPTIONS in tests/policy/test_base.py if an option is new, and only then write {found!r} here."
     )
+
+
+# what trl_trust/asynchronous relies on
+ASYNC_RELIES_ON = {
+    "compute_loss": "5c0c485d130acb07",
+    "get_train_dataloader": "2950938428f1c183",
+    "log": "f16119a908c28611",
+    "_sync_weight_merged": "ab2541763c20cba1",
+}
+ASYNC_MODULE_RELIES_ON = {
+    async_grpo_trainer._reduce_metric: "87342ac2f9c63f11",
+    async_grpo_trainer.RolloutQueueDataset.__iter__: "d92a084c61a3511c",
+    async_grpo_trainer.DataCollatorForRollout.torch_call: "fc1ce59367d57b6f",
+    async_grpo_trainer.FixedCountBatcher.__iter__: "121e176022912d3b",
+    async_grpo_trainer.TokenBudgetBatcher: "ae55ae5b53839a6b",
+    async_grpo.async_rollout_worker.RolloutSample: "2b9590d047cf4810",
+    packing.TreeRow.pack: "c33de3e4ab8253f0",
+    packing.tree_attention: "558ae72eccb3310e",
+}
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        *((getattr(async_grpo.AsyncGRPOTrainer, name), expected) for name, expected in ASYNC_RELIES_ON.items()),
+        *ASYNC_MODULE_RELIES_ON.items(),
+    ],
+    ids=lambda x: getattr(x, "__qualname__", ""),
+)
+def test_the_asynchronous_trainer_has_not_changed_under_us(function, expected):
+    """What trl_trust/asynchronous reads: the flat tensors and the accounting around one call of the model, the queue
+    that its dataset reads, and how metrics are joined."""
+    found = fingerprint(function)
+    assert found == expected, (
+        f"{function.__qualname__} of TRL {trl.__version__} differs from TRL {WRITTEN_AGAINST}: read trl_trust/"
+        f"asynchronous against it, run tests/asynchronous, and only then write {found!r}."
+    )
+
+
+def test_what_a_cpu_replaces_is_where_it_is_replaced():
+    assert {"get_peak_flops_per_device", "VLLMClient"} <= set(vars(async_grpo_trainer)) and packing._flash_attn
+    source = inspect.getsource(async_grpo.AsyncGRPOTrainer.__init__)
+    assert "self.rollout_queue = self.rollout_worker.rollout_buffer" in source
 
 
 # the first of transformers 5.23 and 5.24, the second of 5.10, which has no norm over several device meshes

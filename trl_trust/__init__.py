@@ -6,7 +6,7 @@ Names are imported on first use: `import trl_trust` loads neither torch nor TRL.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .methods import METHODS
+from .methods import ASYNCHRONOUS, METHODS
 
 
 __version__ = "0.1.0.dev0"
@@ -27,12 +27,28 @@ _EXPORTS = {
     "score_rollouts": "trl_trust.distill.rollouts",
     "write_rollouts": "trl_trust.distill.rollouts",
 }
+_EXPORTS |= dict.fromkeys(("AsyncTrustGRPOConfig", "AsyncTrustGRPOTrainer"), "trl_trust.asynchronous.base")
 _EXPORTS |= dict.fromkeys(("AuON", "FISMO", "HybridAuON", "Muon", "TRAM"), "trl_trust.optim")
 for _method in METHODS:
     for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
         _EXPORTS[_name] = _method.module
+for _method in ASYNCHRONOUS:
+    _EXPORTS |= dict.fromkeys((_method.trainer, _method.config), _method.module)
 
 if TYPE_CHECKING:
+    from .asynchronous.base import AsyncTrustGRPOConfig, AsyncTrustGRPOTrainer
+    from .asynchronous.trainers import (
+        AsyncDHPOConfig,
+        AsyncDHPOTrainer,
+        AsyncDISPOConfig,
+        AsyncDISPOTrainer,
+        AsyncDPPOConfig,
+        AsyncDPPOTrainer,
+        AsyncETRConfig,
+        AsyncETRTrainer,
+        AsyncMDPOConfig,
+        AsyncMDPOTrainer,
+    )
     from .distill.erpd import (
         ERPDConfig,
         ERPDTeacherTrainer,

@@ -7,7 +7,7 @@ row in the README, a page, two recipes. This module imports neither torch nor TR
 `trl-trust methods` stay instant.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 # What a user may believe about a method's formulas, from strongest to weakest.
@@ -67,6 +67,8 @@ class Method:
         recipes: The folder `recipes/RECIPES/`; the name by default.
         teacher: The field that names a frozen teacher, without which the method cannot run.
         reads: Fields that name functions which read columns of the data.
+        asynchronous: "yes" where the term is in TRL's asynchronous trainer too ([`asynchronous`]); else why it cannot
+            be, as what follows "because"; empty where nobody has looked.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Method:
     recipes: str = ""
     teacher: str = ""
     reads: tuple[str, ...] = ()
+    asynchronous: str = ""
 
     def __post_init__(self):
         for name, default in {"script": HOSTS[self.host].script, "page": self.name, "recipes": self.name}.items():
@@ -102,6 +105,7 @@ METHODS: tuple[Method, ...] = (
         grade="structure confirmed",
         summary="REINFORCE weight clipped from both sides, with one band for correct and one for incorrect responses",
         loss="dispo_loss",
+        asynchronous="yes",
     ),
     Method(
         name="dppo",
@@ -113,6 +117,7 @@ METHODS: tuple[Method, ...] = (
         grade="exact",
         summary="drops a token when a divergence to the sampling policy, not a ratio, leaves the region",
         loss="dppo_loss",
+        asynchronous="yes",
     ),
     Method(
         name="etr",
@@ -124,6 +129,7 @@ METHODS: tuple[Method, ...] = (
         grade="reconstruction",
         summary="clip widths that grow with a response's advantage, and on demand with the variance of its group",
         loss="etr_loss",
+        asynchronous="yes",
     ),
     Method(
         name="dhpo",
@@ -135,6 +141,7 @@ METHODS: tuple[Method, ...] = (
         grade="structure confirmed",
         summary="mixes GRPO's token ratio and GSPO's sequence ratio, each clipped in its own band, in one surrogate",
         loss="dhpo_loss",
+        asynchronous="yes",
     ),
     Method(
         name="mdpo",
@@ -146,6 +153,7 @@ METHODS: tuple[Method, ...] = (
         grade="adapted",
         summary="no clip: the importance-weighted term minus KL(new || old) / t, with t annealed over the run",
         loss="mdpo_loss",
+        asynchronous="yes",
     ),
     Method(
         name="opmd",
@@ -157,6 +165,7 @@ METHODS: tuple[Method, ...] = (
         grade="exact",
         summary="no ratio: regresses tau log(new / old) of a whole response on its reward minus a baseline",
         loss="opmd_loss",
+        asynchronous="its action is a whole response, and the loss there is a sum over tokens",
     ),
     Method(
         name="trpa",
@@ -169,6 +178,7 @@ METHODS: tuple[Method, ...] = (
         summary="a DPO-like loss on pairs of preference levels in place of advantages; a small KL to the old policy",
         loss="trpa_loss",
         reads=("level_fn",),
+        asynchronous="it compares whole groups, which are spread over micro-batches there",
     ),
     Method(
         name="alp",
@@ -180,6 +190,7 @@ METHODS: tuple[Method, ...] = (
         grade="exact",
         summary="one ratio, from the model with learnable noise at every layer to the sampler; no other correction",
         loss="alp_loss",
+        asynchronous="responses share the positions of their prefix there, and so would share its noise",
     ),
     Method(
         name="rlad",
@@ -192,6 +203,7 @@ METHODS: tuple[Method, ...] = (
         summary="the ratio is taken to a mixture of the old policy and a frozen teacher",
         loss="rlad_loss",
         teacher="teacher_model_name_or_path",
+        asynchronous="its teacher has no place to score rollouts there",
     ),
     Method(
         name="vpd",
@@ -204,6 +216,7 @@ METHODS: tuple[Method, ...] = (
         summary="self-distillation from feedback, whose reading is trained on the outcomes",
         loss="vpd_loss",
         reads=("feedback_func",),
+        asynchronous="its teacher has no place to be trained and to score rollouts there",
     ),
     Method(
         name="erpd",
@@ -216,6 +229,7 @@ METHODS: tuple[Method, ...] = (
         summary="over-trains a teacher on frozen rollouts, then distils its token signal inside a trust region",
         loss="erpd_student_loss",
         host="frozen",
+        asynchronous="it learns from frozen rollouts",
     ),
 )
 
@@ -225,9 +239,36 @@ def hosted(*hosts: str) -> list[Method]:
     return [method for method in METHODS if method.host in hosts]
 
 
+def asynchronous(method: Method) -> Method:
+    """The row of `method` in TRL's asynchronous trainer, `async-NAME`: the same term, page and provenance."""
+    return replace(
+        method,
+        name=f"async-{method.name}",
+        module="trl_trust.asynchronous.trainers",
+        trainer=f"Async{method.trainer}",
+        config=f"Async{method.config}",
+        host="async",
+        script=HOSTS["async"].script,
+        recipes="async",
+    )
+
+
+ASYNCHRONOUS: tuple[Method, ...] = tuple(asynchronous(method) for method in METHODS if method.asynchronous == "yes")
+
+
 def get_method(name: str) -> Method:
     """Return the row called `name`, or raise `KeyError` naming the known ones."""
-    for method in METHODS:
+    for method in (*METHODS, *ASYNCHRONOUS):
         if method.name == name:
             return method
     raise KeyError(f"unknown method {name!r}; known methods: {', '.join(m.name for m in METHODS)}")
+
+
+def why_not_asynchronous(name: str) -> str | None:
+    """What to answer who asks for `async-NAME` of a method that is not in TRL's asynchronous trainer, else `None`."""
+    for method in METHODS:
+        if name == f"async-{method.name}" and method.asynchronous != "yes":
+            because = f", because {method.asynchronous}" if method.asynchronous else ""
+            others = ", ".join(row.name for row in ASYNCHRONOUS)
+            return f"{method.title} is not in TRL's asynchronous trainer{because}; use `{method.name}`, or {others}"
+    return None
