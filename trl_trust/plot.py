@@ -40,7 +40,8 @@ PANELS = (
     (("ratio, 99th percentile; dashed: largest", ("trust/ratio/p99", "trust/ratio/max")),),
     (("factor of the step control on the rate", ("trust/step_scale",)), ("learning rate", ("learning_rate",))),
 )
-WIDE = 20  # positive values that span more than this factor are drawn on a logarithmic axis
+ON_LOG_AXIS = ("trust/kl", "kl", "trust/ratio/p99")  # panels that begin with these, where they span a factor of `WIDE`
+WIDE = 20
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def draw(groups: Mapping[str, Sequence[list[dict[str, Any]]]], paths: Sequence[P
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     handles = {}
     for axes, (title, metrics) in zip(all_axes, chosen, strict=False):
-        drawn = []
+        lines, bands = [], []
         for i, (label, histories) in enumerate(groups.items()):
             for metric, style in zip(metrics, ("-", "--"), strict=False):
                 steps, values = series(histories, metric)
@@ -168,18 +169,20 @@ def draw(groups: Mapping[str, Sequence[list[dict[str, Any]]]], paths: Sequence[P
                 window = max(1, len(steps) // 40)
                 look = {"color": f"C{i}", "linestyle": style}
                 if len(histories) > 1:
-                    low, high = ([edge(row) for row in values] for edge in (min, max))
-                    axes.fill_between(
-                        steps, smooth(low, window), smooth(high, window), color=look["color"], alpha=0.15, lw=0
-                    )
+                    edges = [smooth([edge(row) for row in values], window) for edge in (min, max)]
+                    bands.append((steps, *edges, look["color"]))
                 elif window > 1 and style == "-":
                     axes.plot(steps, means, color=look["color"], alpha=0.2, lw=0.8)
                 (line,) = axes.plot(steps, smooth(means, window), lw=1.5, **look)
                 handles.setdefault(label, line)
-                drawn += smooth(means, window)
-        positive = [value for value in drawn if value > 0]
-        if positive and min(drawn) >= 0 and max(positive) > WIDE * min(positive):
+                lines += smooth(means, window)
+        floor = min((value for value in lines if value > 0), default=math.inf)
+        on_log = metrics[0] in ON_LOG_AXIS and max(lines) > WIDE * floor
+        if on_log:
             axes.set_yscale("log", nonpositive="mask")
+        for steps, low, high, color in bands:
+            low = [max(value, floor) for value in low] if on_log else low  # an edge at 0 has no place on a log axis
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
