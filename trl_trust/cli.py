@@ -5,6 +5,7 @@ is what a launcher runs. Nothing here imports torch or TRL before a training com
 """
 
 import ast
+import logging
 import os
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def train(command: str, words: list[str], launch: bool) -> int:
         if not {"-h", "--help", "--help-all"}.isdisjoint(words):
             parser.print_help()
             return 0
+        if not launch:
+            show_log()
         start = launcher(command, words, parser) if launch else prepare(words)
     status = start() or 0
     if not launch and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -130,6 +133,16 @@ def train(command: str, words: list[str], launch: bool) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def show_log() -> None:
+    """Let this package's own log reach stderr: warnings, and on the main process what it notes at the start."""
+    logger = logging.getLogger("trl_trust")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("trl-trust: %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
 
 
 def script_of(command: str) -> tuple:

@@ -22,6 +22,7 @@ class OptimizerInfo:
         paper: arXiv identifier; empty where there is none.
         grade: A key of [`trl_trust.methods.GRADES`].
         summary: What it does, in one line.
+        rates: The usual learning rates of its matrices, in words, where its updates have a norm of their own.
     """
 
     name: str
@@ -30,6 +31,7 @@ class OptimizerInfo:
     paper: str
     grade: str
     summary: str
+    rates: str = ""
 
     def load(self) -> Any:
         """Import and return the target."""
@@ -45,6 +47,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
         paper="2509.24320",
         grade="exact",
         summary="momentum of each matrix scaled to one norm; no orthogonalisation, one pass over the data",
+        rates=".05 to .25",
     ),
     OptimizerInfo(
         name="hybrid_auon",
@@ -53,6 +56,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
         paper="2509.24320",
         grade="exact",
         summary="AuON after one Newton-Schulz step (variant=paper) or five (variant=repo)",
+        rates=".02 to .1",
     ),
     OptimizerInfo(
         name="muon",
@@ -61,6 +65,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
         paper="2502.16982",
         grade="exact",
         summary="orthogonalised momentum, equal shapes batched: the baseline of the matrix optimizers",
+        rates=".01 to .05",
     ),
     OptimizerInfo(
         name="fismo",
@@ -69,6 +74,7 @@ OPTIMIZERS: tuple[OptimizerInfo, ...] = (
         paper="2601.21750",
         grade="structure confirmed",
         summary="Muon in a space whitened by a Kronecker-factored Fisher matrix",
+        rates=".01 to .05",
     ),
     OptimizerInfo(
         name="tram_adamw",

@@ -290,6 +290,32 @@ def test_bad_optim_args_raise(tiny_model_path, text, message):
         build(tiny_model_path, optim="auon", optim_args=text)
 
 
+@pytest.mark.parametrize(
+    ("optim", "lr", "text", "said"),
+    [
+        (
+            "muon",
+            2e-5,
+            None,
+            "shape_scale=match_rms_adamw,aux_lr=2e-05', with which AdamW's rates fit, or a rate of .01",
+        ),
+        ("auon", 1e-6, None, "optim='auon' at learning_rate=1e-06, a rate of AdamW's size"),
+        ("tram_adamw", 2e-5, "base=fismo", "optim='tram_adamw' at learning_rate=2e-05"),
+        ("tram_adamw", 2e-2, None, "optim='tram_adamw' at learning_rate=0.02: its updates are of AdamW's size"),
+        ("muon", 2e-2, "shape_scale=match_rms_adamw", "or leave shape_scale=match_rms_adamw out of optim_args"),
+        ("muon", 2e-2, None, None),
+        ("muon", 2e-5, "shape_scale=match_rms_adamw,aux_lr=2e-5", None),
+        ("tram_adamw", 2e-5, None, None),
+        ("tram_adamw", 2e-2, "base=hybrid_auon", None),
+    ],
+)
+def test_a_rate_of_the_wrong_size_is_told_once(tiny_model_path, caplog, optim, lr, text, said):
+    build(tiny_model_path, optim=optim, learning_rate=lr, optim_args=text)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_trust.optim.plug"]
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+
+
 def test_optim_args_go_before_training_arguments(tiny_model_path):
     optimizer = build(tiny_model_path, optim="muon", optim_args="lr=0.3,weight_decay=0.2", weight_decay=0.1)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.3, 0.2)

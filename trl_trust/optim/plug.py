@@ -15,6 +15,7 @@ own in the place of ours. After `Trainer.create_optimizer`, an optimizer that ha
 through it. TRAM needs that, whose two passes happen inside `training_step`.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -39,6 +40,11 @@ except ImportError as error:
         "trl_trust.optim plugs into transformers.trainer_optimizer._OPTIMIZER_HANDLERS, which this version of "
         "transformers lacks; install transformers 5.10 to 5.24, or use Trainer(optimizers=(AuON(model, lr=...), None))"
     ) from error
+
+
+logger = logging.getLogger(__name__)
+
+ADAMW_SIZED, MATRIX_SIZED = 1e-3, 1e-2  # below the first no update of fixed norm is run, above the second no AdamW
 
 
 def register() -> None:
@@ -114,9 +120,33 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
             # Trainer's own list; the method reads nothing of the trainer (transformers 5.10 to 5.24).
             decayed = set(Trainer.get_decay_parameter_names(None, model))
             kwargs["no_decay"] = {name for name, _ in model.named_parameters()} - decayed
-        return target(model, **kwargs)
+        optimizer = target(model, **kwargs)
+        if said := _rate_warning(row, optimizer, args.learning_rate):
+            logger.warning(said)
+        return optimizer
 
     return lambda: build, kwargs
+
+
+def _rate_warning(row: OptimizerInfo, optimizer: Optimizer, lr: float) -> str | None:
+    """What to say where a rate of AdamW's size meets updates of a fixed norm, or the reverse."""
+    base = getattr(optimizer, "base", optimizer)  # of a wrapper
+    scaled = any(group.get("shape_scale") == "match_rms_adamw" for group in base.param_groups)
+    if isinstance(base, MatrixOptimizer) and not scaled:
+        if 0 < lr < ADAMW_SIZED:
+            rates = next(other.rates for other in OPTIMIZERS if other.load() is type(base))
+            return (
+                f"optim={row.name!r} at learning_rate={lr:g}, a rate of AdamW's size: the matrices will hardly move. "
+                f"Set optim_args='shape_scale=match_rms_adamw,aux_lr={lr:g}', with which AdamW's rates fit, or a rate "
+                f"of {rates}."
+            )
+    elif lr > MATRIX_SIZED:
+        mend = ", or leave shape_scale=match_rms_adamw out of optim_args" if scaled else ""
+        return (
+            f"optim={row.name!r} at learning_rate={lr:g}: its updates are of AdamW's size here, and this is the rate "
+            f"of an optimizer whose updates have a fixed norm. Lower it to 1e-6 to 1e-3{mend}."
+        )
+    return None
 
 
 def _attaching(create_optimizer: Callable) -> Callable:
