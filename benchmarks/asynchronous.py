@@ -92,7 +92,7 @@ def run_one(lag: int, variant: str, start: int) -> dict:
         worker = LocalRolloutWorker(
             path,
             problems,
-            task.reward,
+            [task.reward],
             rows=ROWS,
             ahead=ROWS // MICRO_BATCHES,
             lag=lag,
@@ -111,7 +111,9 @@ def run_one(lag: int, variant: str, start: int) -> dict:
         trainer.train()
         seconds = time.process_time() - began
         tokenizer, held_out = task.build_tokenizer(), task.problems("test")
-        measured = task.evaluate(trainer.model, tokenizer, held_out, greedy=False)
+        trainer.save_model(folder)  # and from there, since the trainer's own model has TRL's tree attention
+        trained = AutoModelForCausalLM.from_pretrained(folder)
+        measured = task.evaluate(trained, tokenizer, held_out, greedy=False)
         at_start = task.evaluate(AutoModelForCausalLM.from_pretrained(path), tokenizer, held_out, greedy=False)
         history = [record for record in trainer.state.log_history if "loss" in record]
     late = history[UPDATES // 2 :]

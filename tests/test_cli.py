@@ -508,7 +508,7 @@ def test_grpo_launches_the_recipe_of_a_method(recipe, launched):
     assert launched[0].training_script_args == ["grpo", "--config", path]
 
 
-@pytest.mark.parametrize("name", [name for name in cli.recipes() if not name.startswith("erpd/")])
+@pytest.mark.parametrize("name", [name for name in cli.recipes() if not name.startswith(("async/", "erpd/"))])
 def test_grpo_reads_the_recipe_of_every_method(name, tmp_path):
     baseline = import_module("trl_trust.baseline")
     words = ["--use_vllm", "false", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]

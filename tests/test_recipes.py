@@ -14,8 +14,8 @@ from trl_trust.methods import METHODS, get_method
 
 
 # a method with a script of its own has recipes of its own form, which its tests run
-FOLDERS = {method.recipes: method for method in METHODS}
-RECIPES = {name: path for name, path in cli.recipes().items() if FOLDERS[name.split("/")[0]].host == "grpo"}
+FOLDERS = {method.recipes for method in METHODS if method.host == "grpo"}
+RECIPES = {name: path for name, path in cli.recipes().items() if name.split("/")[0] in FOLDERS}
 
 # Put in place of what needs a GPU, the network or time. Everything else is as the recipe has it.
 ON_A_CPU = {"use_cpu": True, "bf16": False, "dtype": "float32", "use_vllm": False, "report_to": "none"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from textwrap import fill
 
 from .lookup import near
-from .methods import GRADES, HOSTS, METHODS, get_method
+from .methods import ASYNCHRONOUS, GRADES, HOSTS, METHODS, get_method, why_not_asynchronous
 from .tools import TOOLS
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         words.remove("--traceback")
         os.environ["TRL_TRUST_TRACEBACK"] = "1"  # `one_line_errors` reads it, here and in the processes launched
     command, *rest = words or ["--help"]
-    methods, tools = [method.name for method in METHODS], {tool.command: tool for tool in TOOLS}
+    methods, tools = [method.name for method in (*METHODS, *ASYNCHRONOUS)], {tool.command: tool for tool in TOOLS}
     wants_help = not {"-h", "--help"}.isdisjoint(rest)
 
     if command in ("-h", "--help"):
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         return train(command, rest, launch and "LOCAL_RANK" not in os.environ)
     else:
         with one_line_errors():
+            if reason := why_not_asynchronous(command):
+                raise ValueError(reason)
             known = [*methods, *TRL_SCRIPTS, *TRL_COMMANDS, *tools, *SHOW, *COMMANDS, "grpo", "rollouts"]
             raise ValueError(f"unknown command {command!r}; {near(command, known, n=3)}")
     return 0
@@ -273,6 +275,9 @@ Usage: trl-trust COMMAND [--config RECIPE] [--FIELD VALUE ...]
 Train with a method of this package (`trl-trust METHOD --help` shows its settings):
 {rows}
 
+The same terms in TRL's asynchronous trainer, beside a vLLM server:
+  {" ".join(method.name for method in ASYNCHRONOUS)}
+
 Train with stock GRPO from the recipe of a method, or with a policy term of your own:
   grpo          TRL's GRPO to the bit, with the metrics that every method logs; --policy_loss my_module.my_loss
 
@@ -305,15 +310,19 @@ Options of `accelerate launch` (--num_processes 2, --accelerate_config zero3) mi
 def method_help(name: str) -> str:
     """The text of `trl-trust METHOD --help`: what the method adds to TRL's settings, read without importing it."""
     method = get_method(name)
+    source = get_method(name.removeprefix("async-"))  # of an asynchronous row: the config that its fields come from
     sections = {
-        f"{method.title}'s own fields": stated_fields(method.module, method.config),
+        f"{method.title}'s own fields": stated_fields(source.module, source.config),
         "Data and reward": stated_fields("trl_trust.script", "TrustScriptArguments"),
     }
     arguments = HOSTS[method.host].arguments
     if arguments != "TrustScriptArguments":
         sections[f"{method.title} as a whole"] = stated_fields(method.script, arguments)
+    if source is not method:
+        sections["Step control there"] = stated_fields("trl_trust.asynchronous.config", "AsyncTrustGRPOConfig")
+    where = "" if source is method else " in TRL's asynchronous trainer"
     lines = [
-        f"{method.title} (arXiv {method.paper}): {method.summary}",
+        f"{method.title}{where} (arXiv {method.paper}): {method.summary}",
         f"Provenance: {method.grade}, i.e. {GRADES[method.grade]}",
         "",
         f"Usage: trl-trust {name} [--config RECIPE] [--FIELD VALUE ...]",
@@ -324,7 +333,7 @@ def method_help(name: str) -> str:
             lines.append(f"  --{field} ({default})")
             lines.append(fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     own = [recipe for recipe in recipes() if recipe.startswith(f"{method.recipes}/")]
-    unread = ", ".join(unread_fields(method.module, method.config))
+    unread = ", ".join(unread_fields(source.module, source.config))
     lines += [
         "",
         *([fill(f"Not read, and so refused when set: {unread}", 110, subsequent_indent="  "), ""] if unread else []),

@@ -39,7 +39,9 @@ class Host:
 HOSTS = {
     "grpo": Host("trl_trust.policy.base:TrustGRPOTrainer", "trl_trust.script"),
     "frozen": Host("trl.experimental.gkd:GKDTrainer", "trl_trust.distill.rounds", "ERPDScriptArguments"),
-    "async": Host("trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script"),
+    "async": Host(
+        "trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script", "AsyncScriptArguments"
+    ),
     "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script"),
     "flow": Host("transformers:Trainer", "trl_trust.flow.script"),
     "sft": Host("trl:SFTTrainer", "trl_trust.robust.script"),

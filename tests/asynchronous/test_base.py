@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollouts import GivenRows, async_config, async_run, async_trainer, history, rows
+from given_rows import GivenRows, async_config, async_run, async_trainer, history, rows
 from tiny import parameter_gap, tiny_config, tiny_trainer
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
@@ -209,7 +209,7 @@ def test_a_term_that_is_not_finite_leaves_the_update_out(tiny_model_path, tmp_pa
 
 def test_two_processes(tiny_model_path, tmp_path):
     """Stock and ours agree to the bit over two processes; a worker that dies ends both, each with one line."""
-    script = Path(__file__).with_name("processes.py")
+    script = Path(__file__).with_name("async_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(script), tiny_model_path, str(tmp_path)],

@@ -9,17 +9,21 @@ What it relies on was read in TRL 1.16; tests/test_trl_contract.py fails where t
 """
 
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
+from ..policy.base import METHOD_STATE_FILE
 from ..policy.control import SteeredSteps
 from ..policy.telemetry import TrustTelemetry, telemetry
 from ..policy.terms import PolicyBatch, PolicyLoss, grpo_loss
@@ -200,6 +204,19 @@ class AsyncTrustGRPOTrainer(TrustTelemetry, SteeredSteps, AsyncGRPOTrainer):
         outputs = model(**flat, fused_lm_head=True, **tree)
         batch, _, _ = self._policy_batch(outputs, inputs)
         return batch.logps, batch.entropies
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)  # transformers 5.23; `trial` is of a hyperparameter search
+        if self.step_control is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / METHOD_STATE_FILE).write_text(json.dumps({"step_control": self.step_control.state()}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, METHOD_STATE_FILE)).exists():
+            state = json.loads(path.read_text())
+            if self.step_control is not None and "step_control" in state:
+                self.step_control.load_state(state["step_control"])
 
     # -- what ends a run ends every process --------------------------------------------------------------------------
 

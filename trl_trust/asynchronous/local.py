@@ -35,7 +35,7 @@ class LocalRolloutWorker:
     Args:
         path: folder of the model, for its architecture and tokenizer.
         problems: with the column `prompt`, and those that `reward` reads.
-        reward: a reward function as TRL calls it.
+        rewards: reward functions as TRL calls them; their sum counts, `None` is 0.
         rows: rows of an update.
         ahead: rows of a micro-batch.
         lag: versions between the policy that samples and the newest.
@@ -48,7 +48,7 @@ class LocalRolloutWorker:
         self,
         path: str,
         problems: Dataset,
-        reward: Callable[..., list[float]],
+        rewards: list[Callable[..., list[float]]],
         *,
         rows: int,
         ahead: int,
@@ -61,7 +61,7 @@ class LocalRolloutWorker:
         self.metrics_queue: queue.Queue = queue.Queue()
         self.policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.problems, self.reward = problems, reward
+        self.problems, self.rewards = problems, rewards
         self.rows, self.ahead, self.lag, self.num_generations = rows, ahead, lag, num_generations
         self.max_completion_length = max_completion_length
         self.generator = torch.Generator().manual_seed(seed)
@@ -102,37 +102,50 @@ class LocalRolloutWorker:
         n = self.num_generations
         first, self._groups = self._groups, self._groups + rows // n
         problems = [self.problems[group % len(self.problems)] for group in range(first, self._groups)]
-        inputs = self.tokenizer([problem["prompt"] for problem in problems], return_tensors="pt", padding=True)
+        prompts = [problem["prompt"] for problem in problems]
+        if not isinstance(prompts[0], str):
+            prompts = [
+                self.tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts
+            ]
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         drawn = sample(
             self.policy, **inputs, samples=n, max_new_tokens=self.max_completion_length, generator=self.generator
         )
         texts = self.tokenizer.batch_decode(drawn.ids, skip_special_tokens=True)
         for i, problem in enumerate(problems):
-            columns = {name: [value] * n for name, value in problem.items() if name != "prompt"}
-            of_group = slice(i * n, (i + 1) * n)
-            rewards = self.reward(prompts=[problem["prompt"]] * n, completions=texts[of_group], **columns)
-            rewards = np.array(rewards, dtype=float)
-            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)  # as TRL's worker has it
-            for row, reward, advantage in zip(range(i * n, (i + 1) * n), rewards, advantages, strict=True):
-                said, live = drawn.ids[row], drawn.mask[row]
-                prompt = drawn.prompt_ids[row][drawn.prompt_mask[row] > 0].numpy()
-                n_said = int(live.sum())
+            of_group = range(i * n, (i + 1) * n)
+            scores = self._score(problem, [texts[row] for row in of_group])
+            advantages = (scores - scores.mean()) / (scores.std() + 1e-8)  # as TRL's worker has it
+            for row, score, advantage in zip(of_group, scores, advantages, strict=True):
+                live = drawn.mask[row]
+                prompt, said = drawn.prompt_ids[row][drawn.prompt_mask[row] > 0].numpy(), drawn.ids[row][live].numpy()
+                logps = drawn.logps[row][live].numpy()
                 self.rollout_buffer.put_nowait(
                     RolloutSample(
-                        prompt=[{"role": "user", "content": problem["prompt"]}],
-                        completion=[{"role": "assistant", "content": texts[row]}],
-                        input_ids=np.concatenate([prompt, said[live].numpy()]),
-                        completion_mask=np.repeat([0, 1], [len(prompt), n_said]),
-                        old_log_probs=np.concatenate(
-                            [np.zeros(len(prompt), dtype=np.float32), drawn.logps[row][live].numpy()]
-                        ),
+                        prompt=problem["prompt"],
+                        completion=texts[row],
+                        input_ids=np.concatenate([prompt, said]),
+                        completion_mask=np.repeat([0, 1], [len(prompt), len(said)]),
+                        old_log_probs=np.concatenate([np.zeros(len(prompt), dtype=np.float32), logps]),
                         advantage=float(advantage),
                         model_version=version,
                         group_id=first + i,
-                        metrics={"reward": float(reward), "reward_std": float(rewards.std())},
+                        metrics={"reward": float(score), "reward_std": float(scores.std())},
                         enqueued_at=time.time(),
                     )
                 )
+
+    def _score(self, problem: dict[str, Any], texts: list[str]) -> np.ndarray:
+        """(n,) summed rewards of the completions of one problem, text or messages as its prompt is."""
+        is_text = isinstance(problem["prompt"], str)
+        columns = {name: [value] * len(texts) for name, value in problem.items() if name != "prompt"}
+        given = {
+            "prompts": [problem["prompt"]] * len(texts),
+            "completions": texts if is_text else [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": [self.tokenizer(text)["input_ids"] for text in texts],
+        }
+        found = [[x or 0.0 for x in reward(**given, **columns)] for reward in self.rewards]
+        return np.array(found, dtype=float).sum(0)
 
 
 class LocalWeightTransfer:

@@ -1,11 +1,11 @@
-"""`python processes.py MODEL_PATH OUTPUT_DIR` under torchrun: see test_base.py."""
+"""`python async_processes.py MODEL_PATH OUTPUT_DIR` under torchrun: see test_base.py."""
 
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rollouts import GivenRows, async_config, async_run, history, rows
+from given_rows import GivenRows, async_config, async_run, history, rows
 from tiny import leave
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 
