@@ -28,7 +28,7 @@ from trl_trust import (
     TrustGRPOTrainer,
 )
 from trl_trust.methods import METHODS, get_method
-from trl_trust.policy.base import MULTIMODAL_INPUTS, _shuffle_groups, paper
+from trl_trust.policy.base import MULTIMODAL_INPUTS, _shuffle_groups
 from trl_trust.policy.config import AGGREGATIONS
 from trl_trust.policy.telemetry import (
     _join_processes,
@@ -566,16 +566,6 @@ def test_return_outputs_is_refused(tiny_model_path, tmp_path):
     trainer = tiny_trainer(TrustGRPOTrainer, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path))
     with pytest.raises(ValueError, match="return_outputs=True"):
         trainer.compute_loss(trainer.model, {}, return_outputs=True)
-
-
-def test_model_card_names_the_method(tiny_model_path, tmp_path):
-    trainer = tiny_trainer(DISPOTrainer, tiny_model_path, tiny_config(DISPOConfig, tmp_path))
-    trainer.create_model_card()
-    card = (tmp_path / "README.md").read_text()
-    assert "DISPO" in card and "2602.00983" in card and "dispo" in card
-    assert paper("A: B", "2401.00001")["citation"] == (
-        "@misc{a,\n    title  = {{A: B}},\n    year   = {2024},\n    eprint = {arXiv:2401.00001},\n}"
-    )
 
 
 # -- checkpoints and adapters -----------------------------------------------------------------------------------------

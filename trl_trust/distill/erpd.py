@@ -37,7 +37,8 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from ..policy.base import is_number, paper
+from ..cards import TrustCard, paper
+from ..policy.base import is_number
 from ..policy.telemetry import TrustTelemetry, apart, telemetry
 from ..policy.terms import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, clipped_surrogate, sequence_mean
 from .common import check_token_ids
@@ -418,7 +419,7 @@ class ERPDConfig(GKDConfig):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class FrozenRolloutsTrainer(TrustTelemetry, GKDTrainer):
+class FrozenRolloutsTrainer(TrustCard, TrustTelemetry, GKDTrainer):
     """
     What the two stages of ERPD share: [`~trl.experimental.gkd.GKDTrainer`] on rollouts that do not change.
 
@@ -436,7 +437,11 @@ class FrozenRolloutsTrainer(TrustTelemetry, GKDTrainer):
 
     _tag_names = ["trl", "trl-trust", "erpd"]
     _name = "ERPD (a reconstruction)"
-    _paper = paper("Extreme Region Policy Distillation", "2605.25582")
+    _paper = paper(
+        "Extreme Region Policy Distillation",
+        "2605.25582",
+        "Changyu Chen and Xiting Wang and Rui Yan",
+    )
 
     def __init__(
         self,

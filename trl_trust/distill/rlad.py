@@ -226,7 +226,12 @@ class RLADTrainer(TrustGRPOTrainer):
     config_class = RLADConfig
     _name = "RLAD"
     _tag_names = ["trl", "trl-trust", "rlad"]
-    _paper = paper("Reinforcement-aware Knowledge Distillation for LLM Reasoning", "2602.22495")
+    _paper = paper(
+        "Reinforcement-aware Knowledge Distillation for LLM Reasoning",
+        "2602.22495",
+        "Zhaoyang Zhang and Shuli Jiang and Yantao Shen and Yuting Zhang and Dhananjay Ram and Shuo"
+        " Yang and Zhuowen Tu and Wei Xia and Stefano Soatto",
+    )
 
     def __init__(self, *args, teacher_model: str | PreTrainedModel | None = None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -363,7 +363,11 @@ class VPDTrainer(TrustGRPOTrainer):
     config_class = VPDConfig
     _name = "VPD"
     _tag_names = ["trl", "trl-trust", "vpd"]
-    _paper = paper("Learning from Language Feedback via Variational Policy Distillation", "2605.15113")
+    _paper = paper(
+        "Learning from Language Feedback via Variational Policy Distillation",
+        "2605.15113",
+        "Yang Li and Erik Nijkamp and Semih Yavuz and Shafiq Joty",
+    )
 
     def __init__(self, *args, feedback_func: FeedbackFunc | None = None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -342,7 +342,12 @@ class ALPTrainer(TrustGRPOTrainer):
     config_class = ALPConfig
     _name = "ALP"
     _tag_names = ["trl", "trl-trust", "alp"]
-    _paper = paper("Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL", "2603.19470")
+    _paper = paper(
+        "Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL",
+        "2603.19470",
+        "Chenlu Ye and Xuanchang Zhang and Yifan Hao and Zhou Yu and Ziji Zhang and Abhinav "
+        "Gullapalli and Hao Chen and Jing Huang and Tong Zhang",
+    )
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -39,6 +39,7 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
     unsplit_pixel_values_by_grid,
 )
 
+from ..cards import TrustCard, paper
 from .config import AGGREGATIONS, TrustGRPOConfig, is_number
 from .control import SteeredSteps
 from .telemetry import (
@@ -109,15 +110,6 @@ MULTIMODAL_INPUTS = (
 )
 
 
-def paper(title: str, arxiv: str) -> dict[str, str]:
-    """The `_paper` of a trainer, from which TRL writes the model card."""
-    key, year = "".join(c for c in title.split(":")[0].lower() if c.isalnum()), f"20{arxiv[:2]}"
-    entries = {"title": f"{{{title}}}", "year": year, "eprint": f"arXiv:{arxiv}"}
-    body = "".join(f"    {name:6} = {{{value}}},\n" for name, value in entries.items())
-    citation = f"@misc{{{key},\n{body}}}"
-    return {"title": title, "id": arxiv, "citation": citation}
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """One generation batch before it is shuffled and split. n rows here, N over all processes.
@@ -143,7 +135,7 @@ class Rollouts:
     tensors: dict[str, Any]
 
 
-class TrustGRPOTrainer(TrustTelemetry, SteeredSteps, GRPOTrainer):
+class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
     """
     [`trl.GRPOTrainer`] with an exchangeable policy term; on its own, GRPO or GSPO with the `trust/` telemetry.
 

@@ -238,7 +238,11 @@ class DHPOTrainer(TrustGRPOTrainer):
     config_class = DHPOConfig
     _name = "DHPO"
     _tag_names = ["trl", "trl-trust", "dhpo"]
-    _paper = paper("Orchestrating Tokens and Sequences: Dynamic Hybrid Policy Optimization for RLVR", "2601.05607")
+    _paper = paper(
+        "Orchestrating Tokens and Sequences: Dynamic Hybrid Policy Optimization for RLVR",
+        "2601.05607",
+        "Zijun Min and Bingshuai Liu and Ante Wang and Long Zhang and Anxiang Zeng and Haibo Zhang and Jinsong Su",
+    )
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
         vocab_size = self.model.config.get_text_config().vocab_size

@@ -151,6 +151,8 @@ class DISPOTrainer(TrustGRPOTrainer):
         "DISPO: Enhancing Training Efficiency and Stability in Reinforcement Learning for Large Language Model "
         "Mathematical Reasoning",
         "2602.00983",
+        "Batuhan K. Karaman and Aditya Rawal and Suhaila Shakiah and Mohammad Ghavamzadeh and "
+        "Mingyi Hong and Arijit Biswas and Ruida Zhou",
     )
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:

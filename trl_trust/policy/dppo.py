@@ -214,7 +214,11 @@ class DPPOTrainer(TrustGRPOTrainer):
     config_class = DPPOConfig
     _name = "DPPO"
     _tag_names = ["trl", "trl-trust", "dppo"]
-    _paper = paper("Rethinking the Trust Region in LLM Reinforcement Learning", "2602.04879")
+    _paper = paper(
+        "Rethinking the Trust Region in LLM Reinforcement Learning",
+        "2602.04879",
+        "Penghui Qi and Xiangxin Zhou and Zichen Liu and Tianyu Pang and Chao Du and Min Lin and Wee Sun Lee",
+    )
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
         return dppo_loss(batch, **self.settings(dppo_loss))

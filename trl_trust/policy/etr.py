@@ -235,7 +235,12 @@ class ETRTrainer(TrustGRPOTrainer):
     config_class = ETRConfig
     _name = "ETR-style"
     _tag_names = ["trl", "trl-trust", "etr"]
-    _paper = paper("ETR: Outcome-Guided Elastic Trust Regions for Policy Optimization", "2601.03723")
+    _paper = paper(
+        "ETR: Outcome-Guided Elastic Trust Regions for Policy Optimization",
+        "2601.03723",
+        "Shijie Zhang and Kevin Zhang and Zheyuan Gu and Xiang Guo and Rujun Guo and Shaoyu Liu and"
+        " Guanjun Jiang and Xiaozhao Wang",
+    )
 
     def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
         # a micro-batch holds fragments of groups, so the variance is taken here, where whole groups are known

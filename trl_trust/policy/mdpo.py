@@ -207,7 +207,11 @@ class MDPOTrainer(TrustGRPOTrainer):
     config_class = MDPOConfig
     _name = "MDPO"
     _tag_names = ["trl", "trl-trust", "mdpo"]
-    _paper = paper("Mirror Descent Policy Optimization", "2005.09814")
+    _paper = paper(
+        "Mirror Descent Policy Optimization",
+        "2005.09814",
+        "Manan Tomar and Lior Shani and Yonathan Efroni and Mohammad Ghavamzadeh",
+    )
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -470,7 +474,7 @@ class OPMDTrainer(TrustGRPOTrainer):
     config_class = OPMDConfig
     _name = "OPMD"
     _tag_names = ["trl", "trl-trust", "opmd"]
-    _paper = paper("Kimi k1.5: Scaling Reinforcement Learning with LLMs", "2501.12599")
+    _paper = paper("Kimi k1.5: Scaling Reinforcement Learning with LLMs", "2501.12599", "{Kimi Team}")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

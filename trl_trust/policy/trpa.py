@@ -293,6 +293,8 @@ class TRPATrainer(TrustGRPOTrainer):
         "Trust Region Preference Approximation: A simple and stable reinforcement learning algorithm for LLM "
         "reasoning",
         "2504.04524",
+        "Xuerui Su and Shufang Xie and Guoqing Liu and Yingce Xia and Renqian Luo and Peiran Jin "
+        "and Zhiming Ma and Yue Wang and Zun Wang and Yuting Liu",
     )
 
     def __init__(self, *args, level_fn: Callable[..., list[int | None]] | None = None, **kwargs):
