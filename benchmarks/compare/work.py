@@ -166,7 +166,7 @@ def rounded_to_int8(parameter):
 class World:
     """Generation and reward as a regime has them: TRL's `rollout_func` and `reward_funcs`.
 
-    With a lag, TRL's computation of `old_per_token_logps`, which lies between the two, sees the weights that generated;
+    With a lag, TRL's computation of `old_per_token_logps`, which lies between the two, sees the weights that drew;
     the reward function, called next, puts the trained ones back.
     """
 
