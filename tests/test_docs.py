@@ -1,6 +1,7 @@
 """The docs reflect the table of methods, the commands are the ones CI runs, and the package imports nothing heavy."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from trl import GRPOTrainer
 
 import trl_trust
 from trl_trust import cli
-from trl_trust.methods import GRADES, HOSTS, METHODS, get_method
+from trl_trust.methods import GRADES, HOSTS, METHODS, get_method, hosted
 from trl_trust.tools import TOOLS
 
 
@@ -54,6 +56,18 @@ def test_a_method_extends_its_host(method):
     base, _, name = HOSTS[method.host].base.partition(":")
     assert issubclass(getattr(trl_trust, method.trainer), getattr(import_module(base), name))
     assert all(callable(getattr(import_module(method.script), name)) for name in ("make_parser", "prepare"))
+
+
+@pytest.mark.parametrize("method", hosted("grpo"), ids=lambda m: m.name)
+def test_a_trainer_shows_the_parameters_of_grpo_trainer(method):
+    """Tools pass what `inspect.signature` names, and drop the rest."""
+    theirs = list(inspect.signature(GRPOTrainer).parameters.values())
+    ours = list(inspect.signature(getattr(trl_trust, method.trainer)).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+    assert {"trpa": ["level_fn"], "rlad": ["teacher_model"], "vpd": ["feedback_func"]}.get(method.name, []) == [
+        p.name for p in ours[len(theirs) :]
+    ]
 
 
 def test_type_checkers_see_what_is_exported():

@@ -10,6 +10,7 @@ and a trainer whose `policy_loss` calls it. This is the only module that knows t
 private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails when the installed TRL differs.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -25,7 +26,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
@@ -62,6 +63,15 @@ from .terms import (
     k3,
     sequence_mean,
 )
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 
 # what a method module needs is found here too, and always was
@@ -162,7 +172,24 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
 
     config_class: ClassVar[type[TrustGRPOConfig]] = TrustGRPOConfig
 
-    def __init__(self, model, reward_funcs=None, args=None, *rest, **kwargs):
+    # The parameters of TRL 1.16's trainer, written out: editors, and tools that filter by signature, look here
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,
+        args: GRPOConfig | None = None,
+        train_dataset: "Dataset | IterableDataset | None" = None,
+        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: "PreTrainedTokenizerBase | ProcessorMixin | None" = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None" = None,
+        callbacks: "list[TrainerCallback] | None" = None,
+        optimizers: "tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]" = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: "list[Callable] | None" = None,
+        rollout_func: "RolloutFunc | None" = None,
+        environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,
+    ):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
@@ -176,12 +203,36 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
             # is 0. With the least positive number in its place the KL is logged; `compute_loss` does not add it.
             args.beta = math.ulp(0.0)
         try:
-            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
         finally:
             args.beta = beta  # the caller's, who may try again with the same `args`
         for warning in self._warnings():
             logger.warning(warning)
         self._start_control()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):  # it adds keywords and passes the rest on: its signature is both
+            inherited = inspect.signature(super(cls, cls).__init__).parameters.values()
+            own = inspect.signature(cls.__init__).parameters.values()
+            added = [p for p in own if p.kind is p.KEYWORD_ONLY]
+            if any(p.kind is p.VAR_KEYWORD for p in own):
+                cls.__init__.__signature__ = inspect.Signature([*inherited, *added])
 
     def _updates_are_on_policy(self) -> bool:
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
