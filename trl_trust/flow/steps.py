@@ -1,8 +1,8 @@
 """The four step rules that turn a flow's ODE into a Markov chain with densities, and the gradient equalizer.
 
-A flow transformer predicts `v`, an estimate of `z - x0` (noise minus data), at noise level `s` in (0, 1]; data is at 0.
-A step goes from `s` to `s_next < s`, by `D = s - s_next`. The ODE step `x - D v` has no density; each rule adds noise of
-variance `Sigma` and, to keep the marginals, half a score of drift:
+A flow transformer predicts `v`, an estimate of `z - x0` (noise minus data), at noise level `s` in (0, 1]; data is at
+0. A step goes from `s` to `s_next < s`, by `D = s - s_next`. The ODE step `x - D v` has no density; each rule adds
+noise of variance `Sigma` and, to keep the marginals, half a score of drift:
 
     x0_hat = x - s v,   x1_hat = x + (1 - s) v,   score = -x1_hat / s                                    (1)
     mu = x - D v + Sigma score / 2                                                                       (2)
@@ -11,8 +11,8 @@ variance `Sigma` and, to keep the marginals, half a score of drift:
 
 Everything here is a pure function of tensors. Equations are numbered as in docs/sage.md.
 
-Provenance: **exact**. `sage` and the equalizer: arXiv 2603.21872 and its authors' code, of which formulas were taken and
-no text; `flow`: Flow-GRPO; `dance`: DanceGRPO; `cps`: arXiv 2509.05952.
+Provenance: **exact**. `sage` and the equalizer: arXiv 2603.21872 and its authors' code, of which formulas were taken
+and no text; `flow`: Flow-GRPO; `dance`: DanceGRPO; `cps`: arXiv 2509.05952.
 """
 
 import math
