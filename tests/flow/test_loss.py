@@ -154,8 +154,8 @@ def test_a_grid_that_the_clamp_swallows_is_refused():
 
 
 # -- the policy gradient ---------------------------------------------------------------------------------------------
-# A flow in the plane whose velocity is affine in x, with parameters theta: v = a x + b + theta[0:2] + theta[2] x. Every
-# rule's chain is then Gaussian, and the expected reward, quadratic in the end point, has a closed form.
+# A flow in the plane whose velocity is affine in x, with parameters theta: v = a x + b + theta[0:2] + theta[2] x.
+# Every rule's chain is then Gaussian, and the expected reward, quadratic in its end, has a closed form.
 
 T, ETA = 5, 0.6
 MEAN = f64([1.0, -0.5])
