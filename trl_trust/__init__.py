@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
+    from .flow.sage import SAGEGRPOConfig, SAGEGRPOTrainer, sage_loss
     from .monitor import TrustMonitor
     from .optim import FISMO, TRAM, AuON, HybridAuON, Muon
     from .policy.alp import ALPConfig, ALPTrainer, alp_loss

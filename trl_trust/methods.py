@@ -43,7 +43,7 @@ HOSTS = {
         "trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script", "AsyncScriptArguments"
     ),
     "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script"),
-    "flow": Host("transformers:Trainer", "trl_trust.flow.script"),
+    "flow": Host("transformers:Trainer", "trl_trust.flow.script", "FlowScriptArguments"),
     "sft": Host("trl:SFTTrainer", "trl_trust.robust.script"),
     "reward": Host("trl:RewardTrainer", "trl_trust.robust.script"),
 }
@@ -232,6 +232,18 @@ METHODS: tuple[Method, ...] = (
         loss="erpd_student_loss",
         host="frozen",
         asynchronous="it learns from frozen rollouts",
+    ),
+    Method(
+        name="sage",
+        title="SAGE-GRPO",
+        module="trl_trust.flow.sage",
+        trainer="SAGEGRPOTrainer",
+        config="SAGEGRPOConfig",
+        paper="2603.21872",
+        grade="exact",
+        summary="GRPO for flow-matching image and video models: less noise a step, even gradients, a moving anchor",
+        loss="sage_loss",
+        host="flow",
     ),
 )
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 
 import pytest
 import torch
@@ -39,8 +38,18 @@ SMALL = dict(
 LORA = dict(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
-def config(folder="unused", **settings):
-    return SAGEGRPOConfig(output_dir=str(folder), **{**SMALL, **QUIET, **settings})
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**settings):
+    return SAGEGRPOConfig(**{"output_dir": "out", **SMALL, **QUIET, **settings})
+
+
+def redness(samples, prompts, **columns):
+    """Red minus blue, of pictures (n, 3, H, W)."""
+    return (samples[:, 0] - samples[:, 2]).flatten(1).mean(1).tolist()
 
 
 def build(pipeline=None, reward=brightness_reward, data=PROMPTS, lora=False, eval_dataset=None, **settings):
@@ -172,11 +181,16 @@ def test_matrix(rule, equalizer, moving):
 
 
 def test_one_update_of_many_micro_batches_is_the_update_of_one():
-    whole = build(per_device_train_batch_size=8, steps_per_generation=1, gradient_accumulation_steps=4, max_steps=1)
-    parts = build(per_device_train_batch_size=2, steps_per_generation=4, gradient_accumulation_steps=16, max_steps=1)
+    # SGD: AdamW turns rounding, where a gradient is next to nothing, into a whole step
+    once = dict(optim="sgd", learning_rate=1.0, max_steps=1, beta=0.0)
+    whole = build(per_device_train_batch_size=8, steps_per_generation=1, gradient_accumulation_steps=4, **once)
+    parts = build(per_device_train_batch_size=2, steps_per_generation=4, gradient_accumulation_steps=16, **once)
+    before = parameters(whole)
     whole.train(), parts.train()
-    for one, other in zip(parameters(whole).values(), parameters(parts).values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    one, other = parameters(whole), parameters(parts)
+    for name in before:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+    assert max((one[name] - before[name]).abs().max() for name in before) > 1e-3
 
 
 def test_the_order_of_steps_does_not_matter_at_fixed_parameters():
@@ -203,20 +217,22 @@ def test_a_fraction_of_the_steps():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reward_rises_from_a_pipeline_object(seed):
+    data = PROMPTS.select([0, 1])
     trainer = build(
         tiny_sd3_pipeline(seed),
-        data=PROMPTS.select([0, 1]),
-        lora=True,
+        redness,
+        data,
         seed=seed,
         num_generations=8,
         per_device_train_batch_size=16,
         steps_per_generation=1,
         learning_rate=1e-2,
-        max_steps=30,
-        eval_dataset=PROMPTS.select([0, 1]),
+        max_steps=16,
+        eval_dataset=data,
     )
     first = trainer.evaluate()["eval_reward"]
     trainer.train()
     logs = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-    assert sum(logs[-5:]) / 5 > sum(logs[:5]) / 5 + 0.15, logs
-    assert trainer.evaluate()["eval_reward"] > first
+    assert sum(logs[-3:]) / 3 > logs[0] + 0.15, logs
+    assert trainer.evaluate()["eval_reward"] > first + 0.15
+    assert os.path.getsize("out/samples/step-000000.png") and os.path.getsize("out/samples/step-000016.png")

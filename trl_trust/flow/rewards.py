@@ -188,9 +188,9 @@ def _write_video(frames: Tensor, path: Path, fps: int) -> Path:
 
     from .adapters import export_video
 
-    pictures = [np.asarray(_picture(frame)) for frame in frames]
-    # an even number of pixels, as codecs ask for
-    pictures = [picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2] for picture in pictures]
+    pictures = np.stack([np.asarray(_picture(frame)) for frame in frames])  # (F, H, W, 3)
+    missing = [(0, -side % 16) for side in pictures.shape[1:3]]  # to whole blocks of a codec
+    pictures = np.pad(pictures, [(0, 0), *missing, (0, 0)], constant_values=255)
     os.makedirs(path.parent, exist_ok=True)
     export_video(pictures, path, fps)
     return path

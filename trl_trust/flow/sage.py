@@ -27,8 +27,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..policy.base import PolicyLoss, clipped_surrogate, paper
+from ..policy.base import paper
+from ..policy.terms import PolicyLoss, beyond, clipped_surrogate, importance_ratio
 from ..settings import Count, NonNegative, Positive, Range, Settings, check, setting
+from ..steps import GuardedSteps
 from .rollouts import StepTable, group_advantages, ode_table, roll_out, row_noise, step_table, stream
 from .steps import gaussian_kl, log_prob
 
@@ -36,9 +38,6 @@ from .steps import gaussian_kl, log_prob
 logger = get_logger(__name__)
 
 STATE_FILE = "sage_state.pt"  # in a checkpoint's folder: anchor and schedule
-
-# |log ratio| beyond which exp() is capped, so that a policy that has run away gives a large number and not infinity
-LOG_RATIO_LIMIT = 20.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -86,12 +85,10 @@ def sage_loss(
         loss (B, 1); metrics `sage/clip_ratio` (steps whose gradient the clip removed), `sage/kl_pos`, `sage/kl_vel`,
         and `trust/ratio/{min,mean,max}`.
     """
-    log_ratio = batch.logps - batch.old_logps
-    ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))  # (B, 1)
+    ratio = importance_ratio(batch.logps, batch.old_logps)  # (B, 1)
     loss = batch.step_scale * clipped_surrogate(ratio, batch.advantages, epsilon, epsilon)
-    clipped = torch.where(batch.advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon) & (batch.advantages != 0)
     metrics = {
-        "sage/clip_ratio": clipped.float(),
+        "sage/clip_ratio": beyond(ratio, batch.advantages, epsilon, epsilon).float(),
         "trust/ratio/min": ratio,
         "trust/ratio/mean": ratio,
         "trust/ratio/max": ratio,
@@ -305,7 +302,7 @@ class FlowPolicy(nn.Module):
         self.transformer.enable_gradient_checkpointing()  # diffusers has one kind
 
 
-class SAGEGRPOTrainer(Trainer):
+class SAGEGRPOTrainer(GuardedSteps, Trainer):
     """
     Group-relative training of a flow-matching transformer with SAGE-GRPO (arXiv 2603.21872). See [`sage_loss`].
 

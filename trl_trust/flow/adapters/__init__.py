@@ -560,6 +560,6 @@ def _decode_video(adapter: FlowAdapter, latents: Tensor, *rest) -> Tensor:
     return adapter.pipeline.video_processor.postprocess_video(video, output_type="pt")
 
 
-def export_video(frames: list, path: Path, fps: int) -> None:
-    """Write frames, (H, W, 3) uint8 arrays, as MP4."""
+def export_video(frames, path: Path, fps: int) -> None:
+    """Write frames, (F, H, W, 3) uint8, as MP4."""
     import_diffusers().utils.export_to_video([frame / 255.0 for frame in frames], str(path), fps=fps)
