@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..policy.base import paper
+from ..cards import paper
 from ..policy.terms import PolicyLoss, beyond, clipped_surrogate, importance_ratio
 from ..settings import Count, NonNegative, Positive, Range, Settings, check, setting
 from ..steps import GuardedSteps
