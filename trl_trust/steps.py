@@ -59,7 +59,10 @@ class GuardedSteps:
         self.add_callback(StepHooks(self))
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+        return self._watch(super().training_step(*args, **kwargs))
+
+    def _watch(self, loss: torch.Tensor) -> torch.Tensor:
+        """Note whether this micro-batch's loss is finite; a `training_step` that calls no other one calls this."""
         broken = (~loss.detach().isfinite()).float()
         self._window_broken = broken if self._window_broken is None else self._window_broken + broken
         return loss
