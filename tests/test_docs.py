@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 
 import trl_trust
 from trl_trust import cli
-from trl_trust.methods import GRADES, HOSTS, METHODS, get_method, hosted
+from trl_trust.methods import ASYNCHRONOUS, GRADES, HOSTS, METHODS, get_method, hosted
 from trl_trust.tools import TOOLS
 
 
@@ -32,8 +32,24 @@ def test_a_row_is_in_the_readme_and_has_a_page(row):
     assert row.grade in GRADES
 
 
+def test_the_asynchronous_page_says_who_is_there_and_who_cannot_be():
+    page = (ROOT / "docs" / "asynchronous.md").read_text()
+    for method in METHODS:
+        if method.asynchronous == "yes":
+            row = get_method(f"async-{method.name}")
+            assert f"| [{method.title}]({method.page}.md) | `{row.name}` | `{row.trainer}` |" in page
+            assert f"`{row.trainer}`" in (ROOT / "docs" / f"{method.page}.md").read_text()
+        elif method.asynchronous:
+            assert f"- {method.title}, because {method.asynchronous}" in page
+
+
 def test_commands_are_of_one_row_each():
-    words = [*(method.name for method in METHODS), *(tool.command for tool in TOOLS), *cli.TRL_SCRIPTS, *cli.SHOW]
+    words = [
+        *(method.name for method in (*METHODS, *ASYNCHRONOUS)),
+        *(tool.command for tool in TOOLS),
+        *cli.TRL_SCRIPTS,
+        *cli.SHOW,
+    ]
     assert len(words) == len(set(words))
     assert all(usage.split()[0] == tool.command for tool in TOOLS for usage in tool.commands)
     assert {tool.recipes for tool in TOOLS} - {""} <= {name.split("/")[0] for name in cli.recipes()}

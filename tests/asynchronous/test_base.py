@@ -10,6 +10,7 @@ import pytest
 import torch
 from given_rows import GivenRows, async_config, async_run, async_trainer, history, rows
 from tiny import parameter_gap, tiny_config, tiny_trainer
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
 from trl.experimental.async_grpo.packing import TreeRow
@@ -81,6 +82,23 @@ def test_grpos_term_is_stocks(layout, tiny_model_path, tmp_path):
         assert after["clip_ratio/region_mean"] == pytest.approx(after["trust/cut"], abs=1e-6)
         assert after["trust/kl"] == pytest.approx(after["kl"], rel=1e-4)
     assert any(record["clip_ratio/region_mean"] > 0 for record in mine), "nothing was clipped: the test shows nothing"
+
+
+def test_the_auxiliary_loss_of_experts_is_stocks(tiny_model_path, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **special)).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    runs = []
+    for trainer_class in (AsyncGRPOTrainer, AsyncTrustGRPOTrainer):
+        args = async_config(output_dir=tmp_path, router_aux_loss_coef=0.5, gradient_accumulation_steps=2)
+        runs.append(async_run(trainer_class, str(tmp_path / "moe"), args, GivenRows(rows(60))))
+    stock, ours = runs
+    assert parameter_gap(stock.model, ours.model) == 0.0 and history(ours)[0]["aux_loss"] > 0
+    assert [r["loss"] for r in history(stock)] == [r["loss"] for r in history(ours)]
 
 
 def test_the_rows_share_prefixes_fork_and_have_gaps():

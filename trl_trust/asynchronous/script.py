@@ -52,7 +52,12 @@ AsyncModelConfig = make_dataclass(
         for f in fields(ModelConfig)
         if f.name not in _NOT_HERE
     ],
-    namespace={"__doc__": "The fields of [`trl.ModelConfig`] that the asynchronous trainer reads."},
+    namespace={
+        "__doc__": "The fields of [`trl.ModelConfig`] that the asynchronous trainer reads.",
+        "__post_init__": ModelConfig.__post_init__,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+    },
 )
 
 
