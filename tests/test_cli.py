@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from datasets import Dataset
@@ -330,6 +333,55 @@ def test_the_real_thing(recipe, tmp_path, command):
     ranks = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
     assert ranks == ({"rank0": "2", "rank1": "2"} if "--multi_gpu" in command else {"rank0": "1"})
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ended_by", "said"),
+    [
+        ([], signal.SIGTERM, "trl-trust: stopped by SIGTERM"),
+        ([], signal.SIGINT, "trl-trust: stopped by Ctrl-C"),
+        pytest.param(
+            ["--num_processes", "2", "--multi_gpu"], signal.SIGTERM, "stopped by SIGTERM", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--num_processes", "2", "--multi_gpu"], signal.SIGINT, "stopped by Ctrl-C", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["one process", "Ctrl-C", "two processes", "two, Ctrl-C"],
+)
+def test_what_ends_the_command_ends_the_training(recipe, tmp_path, launcher, ended_by, said):
+    """SIGTERM reaches the command alone, Ctrl-C all processes of the terminal; both leave a log, and no process."""
+    program = os.path.join(os.path.dirname(sys.executable), "trl-trust")
+    path = recipe(max_steps=100_000, logging_steps=1, reward_funcs=["slow_reward.slow"])
+    (tmp_path / "slow_reward.py").write_text(
+        "import os, time\n"
+        "def slow(completions, **kwargs):\n"
+        "    open('pid' + os.environ.get('RANK', '0'), 'w').write(str(os.getpid()))\n"
+        "    time.sleep(.2)\n"
+        "    return [float(i) for i in range(len(completions))]\n"
+    )
+    words = [program, "dispo", *launcher, "--config", path]
+    command = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: (tmp_path / "out" / "trainer_state.json").exists() or command.poll() is not None)
+        trained = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("pid*")]
+        os.killpg(command.pid, ended_by) if ended_by == signal.SIGINT else command.send_signal(ended_by)
+        _, errors = command.communicate(timeout=200)
+        assert command.returncode == 128 + ended_by
+        assert errors.splitlines()[-1].endswith(said) and errors.count("trl-trust: ") == 1
+        assert "Traceback" not in errors
+        assert trained and not any(process.is_running() for process in trained)
+        assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.1)
 
 
 # -- settings and data -----------------------------------------------------------------------------------------------

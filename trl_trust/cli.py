@@ -7,6 +7,7 @@ is what a launcher runs. Nothing here imports torch or TRL before a training com
 import ast
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from .tools import TOOLS
 # what is neither a method nor a tool of the table: word -> module with `main(words) -> int`
 COMMANDS = {"plot": "trl_trust.plot", "quickstart": "trl_trust.quickstart.run"}
 
+LAUNCHED = "TRL_TRUST_LAUNCHED"  # in the environment of a process that `trl-trust` launched
+SECONDS_TO_STOP = 30  # which the training processes have after Ctrl-C
+
 # TRL's own commands that train nothing
 TRL_COMMANDS = ("env", "vllm-serve")
 
@@ -39,6 +43,14 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
         launch: train through `accelerate launch`, or else in this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(words, launch)
+    except KeyboardInterrupt:
+        return stopped("Ctrl-C", 130)
+
+
+def run(words: list[str], launch: bool) -> int:
+    """Run the command that `words` say, see [`main`]."""
     if "--traceback" in words:
         words.remove("--traceback")
         os.environ["TRL_TRUST_TRACEBACK"] = "1"  # `one_line_errors` reads it, here and in the processes launched
@@ -75,6 +87,13 @@ def main(argv: list[str] | None = None, launch: bool = True) -> int:
             known = [*methods, *TRL_SCRIPTS, *TRL_COMMANDS, *tools, *SHOW, *COMMANDS, "grpo", "rollouts"]
             raise ValueError(f"unknown command {command!r}; {near(command, known, n=3)}")
     return 0
+
+
+def stopped(by: str, status: int) -> int:
+    """Say in one line what ended the command, and return `status`. A launched process leaves that to its launcher."""
+    if LAUNCHED not in os.environ:
+        print(f"trl-trust: stopped by {by}", file=sys.stderr)
+    return status
 
 
 def show(page: Callable[[], str | None]) -> None:
@@ -127,8 +146,29 @@ def train(command: str, words: list[str], launch: bool) -> int:
         if not launch:
             show_log()
         start = launcher(command, words, parser) if launch else prepare(words)
-    status = start() or 0
-    if not launch and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    return start() if launch else in_this_process(start)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the process is, so that what must be closed and kept is."""
+
+
+def in_this_process(start: Callable[[], int | None]) -> int:
+    """Train, and return the exit status: 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        status = start() or 0
+    except KeyboardInterrupt:
+        status = stopped("Ctrl-C", 130)
+    except Terminated:
+        status = stopped("SIGTERM", 143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Leave without destructors: all is saved and closed, and where DDP drops the last reference to gloo's process
         # group, torch 2.13 joins a thread that waits for the interpreter's lock, and hangs now and then.
         sys.stdout.flush()
@@ -170,7 +210,9 @@ def script_of(command: str) -> tuple:
 
 def launcher(command: str, words: list[str], parser) -> Callable[[], int]:
     """Return what launches `python -m trl_trust command` as `accelerate launch` would, with the options in `words`."""
+    import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -201,17 +243,38 @@ def launcher(command: str, words: list[str], parser) -> Callable[[], int]:
         raise ValueError(f"unexpected {args.training_script!r} on the command line; a setting is `--name value`")
 
     def start() -> int:
+        children = psutil.Process().children
+
+        def forward(signum, frame):
+            for child in children():
+                child.send_signal(signum)
+
+        before = signal.signal(signal.SIGTERM, forward)  # torch's launcher of several processes has one of its own
+        os.environ[LAUNCHED] = "1"
         try:
             launch_command(args)
         except subprocess.CalledProcessError as error:
             if error.returncode < 0:  # else the process has said itself what went wrong
                 print(f"trl-trust: error: training was ended by signal {-error.returncode}", file=sys.stderr)
-            return abs(error.returncode)
+            return end({130: "Ctrl-C", 143: "SIGTERM"}.get(error.returncode), abs(error.returncode))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             print(f"trl-trust: error: process {rank} failed with exit status {failure.exitcode}", file=sys.stderr)
             return abs(failure.exitcode)
+        except SignalException as error:
+            return end(error.sigval.name if error.sigval != signal.SIGINT else "Ctrl-C", 128 + error.sigval)
+        except KeyboardInterrupt:  # which the terminal sent to the children too
+            for child in psutil.wait_procs(children(), timeout=SECONDS_TO_STOP)[1]:
+                child.kill()
+            return end("Ctrl-C", 130)
+        finally:
+            os.environ.pop(LAUNCHED, None)
+            signal.signal(signal.SIGTERM, before)
         return 0
+
+    def end(by: str | None, status: int) -> int:
+        os.environ.pop(LAUNCHED, None)
+        return status if by is None else stopped(by, status)
 
     return start
 
