@@ -1,10 +1,11 @@
 """The configs of the asynchronous trainers: made of the synchronous ones, minus what cannot be there."""
 
+import inspect
 from dataclasses import fields
 
 import pytest
 from given_rows import async_config
-from trl.experimental.async_grpo import AsyncGRPOConfig
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 import trl_trust
 from trl_trust.asynchronous import trainers
@@ -27,6 +28,12 @@ def test_a_config_has_its_methods_fields(row):
         assert ours[name].default == theirs[name].default and ours[name].metadata == theirs[name].metadata
     assert ours.keys() - own == {f.name for f in fields(AsyncTrustGRPOConfig)}
     assert config.__name__ == row.config and getattr(trl_trust, row.trainer).config_class is config
+
+
+@pytest.mark.parametrize("row", ASYNCHRONOUS, ids=lambda row: row.name)
+def test_a_trainer_shows_the_parameters_of_trls(row):
+    ours, theirs = (inspect.signature(c) for c in (getattr(trl_trust, row.trainer), AsyncGRPOTrainer))
+    assert list(ours.parameters) == list(theirs.parameters)
 
 
 def test_the_module_holds_what_the_table_says():

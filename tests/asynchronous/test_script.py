@@ -93,6 +93,8 @@ def test_a_recipe_trains_saves_and_resumes(name, recipe, tmp_path, capsys):
     assert len(losses) == 4 and all(record["grad_norm"] > 0 for record in losses)
     assert [record["trust/lag/max"] for record in losses] == [0.0, 1.0, 1.0, 1.0]
     assert losses[-1]["trust/ratio/max"] > 1.0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Provenance of this implementation of {get_method(command).title}" in card and "async-grpo" in card
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
     words = ["--resume_from_checkpoint", "true", "--max_steps", "6"]
     assert cli.main([command, "--config", recipe(name), *words], launch=False) == 0
@@ -120,7 +122,7 @@ def test_bad_input_is_one_line(changes, message, recipe, capsys):
     assert re.search(message, line), line
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.asynchronous != "yes"], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.asynchronous not in ("yes", "")], ids=lambda m: m.name)
 def test_a_method_that_cannot_is_refused_in_words(method, capsys):
     line = refusal([f"async-{method.name}", "--config", "whatever"], capsys)
     assert f"{method.title} is not in TRL's asynchronous trainer, because {method.asynchronous}" in line

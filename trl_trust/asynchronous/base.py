@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
+from ..cards import TrustCard
 from ..policy.base import METHOD_STATE_FILE
 from ..policy.control import SteeredSteps
 from ..policy.telemetry import TrustTelemetry, telemetry
@@ -47,7 +48,7 @@ def places(segment_id: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return columns, (len(counts), int(counts.max()))
 
 
-class AsyncTrustGRPOTrainer(TrustTelemetry, SteeredSteps, AsyncGRPOTrainer):
+class AsyncTrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, AsyncGRPOTrainer):
     """
     [`trl.experimental.async_grpo.AsyncGRPOTrainer`] with an exchangeable policy term; on its own, its own term with
     the `trust/` telemetry.
@@ -261,3 +262,7 @@ class AsyncTrustGRPOTrainer(TrustTelemetry, SteeredSteps, AsyncGRPOTrainer):
             for name, value in summary.items():
                 self.log_value(f"trust/lag/{name}", value)
         super().log(logs, start_time)
+
+
+# editors, and tools that filter by signature, look here: the parameters are TRL's
+AsyncTrustGRPOTrainer.__init__.__signature__ = inspect.signature(AsyncGRPOTrainer.__init__)
