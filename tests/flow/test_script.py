@@ -87,6 +87,11 @@ def test_recipe_trains_from_the_command_line(name, run):
         (out / ("pytorch_lora_weights.safetensors" if lora else "diffusion_pytorch_model.safetensors")).stat().st_size
     )
     assert len(list((out / "samples").glob("step-000000.*"))) == 1
+    card = (out / "README.md").read_text()
+    assert "Provenance of this implementation of SAGE-GRPO: **exact**" in card and "author = {Mingzhe Zheng" in card
+    assert f"| `eta` | {yaml.safe_load(RECIPES[name].read_text())['eta']} |" in card and ("- lora\n" in card) == bool(
+        lora
+    )
 
 
 @pytest.mark.parametrize(

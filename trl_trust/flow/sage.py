@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..cards import paper
+from ..cards import extended, paper
 from ..policy.terms import PolicyLoss, beyond, clipped_surrogate, importance_ratio
 from ..settings import Count, NonNegative, Positive, Range, Settings, check, setting
 from ..steps import GuardedSteps
@@ -330,7 +331,12 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
 
     _name = "SAGE-GRPO"
     _tag_names = ["trl", "trl-trust", "sage"]
-    _paper = paper("Manifold-Aware Exploration for Reinforcement Learning in Video Generation", "2603.21872")
+    _paper = paper(
+        "Manifold-Aware Exploration for Reinforcement Learning in Video Generation",
+        "2603.21872",
+        "Mingzhe Zheng and Weijie Kong and Yue Wu and Dengyang Jiang and Yue Ma and Xuanhua He and Bin Lin and "
+        "Kaixiong Gong and Zhao Zhong and Liefeng Bo and Qifeng Chen and Harry Yang",
+    )
 
     def __init__(
         self,
@@ -759,6 +765,7 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.adapter.save(self.model.transformer, folder, self.peft_config)
         torch.save(self.args, folder / "training_args.bin")
+        (folder / "README.md").write_text(self._card(), "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # transformers 5.23: the weights come back with the optimizer, see below; anything else would load them twice
@@ -787,7 +794,24 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Not written: the Trainer's card is for language models."""
+        """Write `README.md` to `output_dir`. The Trainer's own card is for language models."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self._card(), "utf-8")
+
+    def _card(self) -> str:
+        base = getattr(self.model.transformer, "config", {}).get("_name_or_path") or ""
+        name = (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+        tags = "".join(f"- {tag}\n" for tag in (*self._tag_names, *(["lora"] if self.peft_config else [])))
+        kind = "LoRA" if self.peft_config else type(self.model.transformer).__name__
+        libraries = "".join(f"- {library}: {version(library)}\n" for library in ("trl-trust", "diffusers", "torch"))
+        text = (
+            f"---\nlibrary_name: diffusers\ntags:\n{tags}---\n\n# Model Card for {name}\n\n"
+            f"A {kind}{f' of {base}' if base else ''}, trained with {self._name} "
+            f"([arXiv {self._paper['id']}](https://arxiv.org/abs/{self._paper['id']})) on the rewards "
+            f"{', '.join(self.reward_names)}.\n\n### Framework versions\n\n{libraries}\n### Citation\n\n"
+            f"```bibtex\n{self._paper['citation']}\n```\n"
+        )
+        return extended(text, self)
 
 
 class _PhaseCallback(TrainerCallback):
