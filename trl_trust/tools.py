@@ -48,4 +48,15 @@ class Tool:
         return self.commands[0].split()[0]
 
 
-TOOLS: tuple[Tool, ...] = ()
+TOOLS: tuple[Tool, ...] = (
+    Tool(
+        name="coopetition",
+        title="Coopetition",
+        module="trl_trust.tasks.coopetition.command",
+        paper="2510.24909",
+        grade="exact",
+        summary="Trust and reputation between agents: the published figures recomputed, the sweep as CSV and picture",
+        commands=("coopetition reproduce", "coopetition sweep"),
+        extra="plot",
+    ),
+)
