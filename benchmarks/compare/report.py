@@ -1,0 +1,385 @@
+"""Tables and pictures of the comparison, from the records alone. See README.md beside this file.
+
+    python benchmarks/compare/report.py
+
+writes `tables.md` and the pictures to benchmarks/results/compare/, and the tables of docs/choosing.md between its
+markers; its sentences are written by hand.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import judge
+from records import FIRST_TUNING_START, RESULTS, STARTS, read
+from work import entries, regimes
+
+
+REFERENCE = "dapo"
+PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
+# Of the committed page: a marker and what stands between it and its end
+BLOCK = re.compile(
+    r"(<!-- (?P<name>[\w .-]+): made by benchmarks/compare/report.py -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+HYPOTHESES = {
+    "H1": ("ETR keeps entropy higher than clipping does", "reuse"),
+    "H2": ("DISPO does not collapse where CISPO does", "reuse"),
+    "H3": ("ALP is the more robust one under a sampler that differs", "mismatch_1"),
+    "H4": ("DHPO lies between GRPO and GSPO", "mini_batches"),
+    "H5": ("DPPO holds under stale rollouts", "lag_32"),
+    "H6": ("a trust region matters once a generation is used several times", "reuse"),
+}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
+
+
+def between(low: float, high: float, sign: str = "+") -> str:
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]" if math.isfinite(low + high) else ""
+
+
+def mean(values) -> float:
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+class Comparison:
+    """The records, sorted: runs[task, regime, rate][entry][start]; tuning starts are left out."""
+
+    def __init__(self, records: list[dict], whole: int = len(STARTS)):
+        self.whole = whole
+        self.runs = {}
+        for r in records:
+            if r["start"] < FIRST_TUNING_START and not r["overrides"]:
+                cell = self.runs.setdefault((r["task"], r["regime"], r["learning_rate"]), {})
+                cell.setdefault(r["entry"], {})[r["start"]] = r
+
+    def cells(self) -> list[tuple[str, str, float]]:
+        order = list(regimes())
+        return sorted(self.runs, key=lambda cell: (cell[0], order.index(cell[1]), cell[2]))
+
+    def judged(self, cell) -> dict[str, dict]:
+        """What [`judge.compare`] says in a cell; nothing while the reference is not whole there."""
+        scores = {entry: {s: r["score"] for s, r in runs.items()} for entry, runs in self.runs[cell].items()}
+        reference = scores.pop(REFERENCE, {})
+        return judge.compare(scores, reference, self.whole) if len(reference) >= self.whole else {}
+
+    def rows(self, cell) -> list[tuple[str, list[dict], dict]]:
+        """Entry, its records, its judgement; the best mean score first."""
+        judged = self.judged(cell)
+        runs = {entry: [found[s] for s in sorted(found)] for entry, found in self.runs[cell].items()}
+        order = sorted(runs, key=lambda entry: -mean(r["score"] for r in runs[entry]))
+        return [(entry, runs[entry], judged.get(entry, {})) for entry in order]
+
+    def table(self, cell) -> str:
+        """One row an entry: score, difference to the reference and its judgement, and what training ended in."""
+        from trl_trust.evaluation.stats import wilson
+
+        head = ["entry", "n", "score", "minus the reference", "97.5 %", "p (Holm)", "verdict", "collapsed", "to .5"]
+        head += ["pass@8", "worst drop", "entropy", "KL to start"]
+        rows = []
+        for entry, records, row in self.rows(cell):
+            k, n = sum(map(judge.collapsed, records)), len(records)
+            low, high = wilson(k, n)
+            last = [r["checkpoints"][-1] for r in records if r["checkpoints"]]
+            soon = judge.generations_to_target(records)
+            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} runs")
+            cells = [entries()[entry].title, str(n), number(mean(r["score"] for r in records))]
+            if "mean" in row:
+                cells += [number(row["mean"], sign="+"), between(row["low"], row["high"])]
+            else:
+                cells += ["", ""]
+            p = "" if "p" not in row else f"{row['p']:.4f}"
+            cells += [p, f"**{verdict}**" if verdict in ("better", "worse") else verdict]
+            cells += [f"{k} of {n}, [{low:.2f}, {high:.2f}]", f"{soon:g}" if math.isfinite(soon) else "not reached"]
+            cells += [number(mean(c.get("pass@8") for c in last)), number(mean(r["worst_drop"] for r in records))]
+            cells += [number(mean(c["entropy"] for c in last)), number(mean(c.get("kl") for c in last))]
+            rows.append(cells)
+        return markdown(head, rows)
+
+    def short_table(self, cell) -> str:
+        """The same in five columns, for the page."""
+        rows = []
+        for entry, records, row in self.rows(cell):
+            k, n = sum(map(judge.collapsed, records)), len(records)
+            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} runs")
+            change = f"{row['mean']:+.3f} {between(row['low'], row['high'])}" if "mean" in row else ""
+            cells = [entries()[entry].title, number(mean(r["score"] for r in records)), change, verdict]
+            rows.append([*cells, f"{k} of {n}"])
+        return markdown(["", "score", "minus the reference", "verdict", "collapsed"], rows)
+
+    def windows(self) -> list[tuple[str, str, dict[str, dict[float, float]]]]:
+        """Per task and regime: entry -> rate -> mean score, of entries that are whole at two rates or more."""
+        found = defaultdict(lambda: defaultdict(dict))
+        for task, regime, rate in self.cells():
+            for entry, runs in self.runs[task, regime, rate].items():
+                if len(runs) >= self.whole:
+                    found[task, regime][entry][rate] = mean(r["score"] for r in runs.values())
+        wide = {key: {e: by for e, by in cell.items() if len(by) > 1} for key, cell in found.items()}
+        return [(*key, cell) for key, cell in wide.items() if cell]
+
+    def window_table(self, cell: dict[str, dict[float, float]]) -> str:
+        rates = sorted({rate for by in cell.values() for rate in by})
+        head = ["entry", *(f"{rate:g}" for rate in rates), "best", "mean", "largest rate within 90 % of the best"]
+        rows = []
+        for entry, by in sorted(cell.items(), key=lambda item: -mean(item[1].values())):
+            best, average, largest = judge.window(by)
+            scores = [number(by[rate]) if rate in by else "not run" for rate in rates]
+            rows.append([entries()[entry].title, *scores, number(best), number(average), f"{largest:g}"])
+        return markdown(head, rows)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def whole_runs(self, cell, entry: str) -> dict[int, dict]:
+        runs = self.runs.get(cell, {}).get(entry, {})
+        return runs if len(runs) >= self.whole else {}
+
+    def answer(self, name: str, cell) -> str:
+        """What a cell says of a hypothesis, or nothing where it is not whole."""
+        judged = self.judged(cell)
+        said = lambda entry: f"{judged[entry]['mean']:+.3f} {between(judged[entry]['low'], judged[entry]['high'])}"
+        if name == "H1":
+            a, b = self.whole_runs(cell, "etr"), self.whole_runs(cell, REFERENCE)
+            pairs = [(a[s]["checkpoints"], b[s]["checkpoints"]) for s in sorted(set(a) & set(b))]
+            gaps = [x[-1]["entropy"] - y[-1]["entropy"] for x, y in pairs if x and y]
+            if not gaps:
+                return ""
+            low, high = judge.interval(gaps)
+            held = "holds" if low > 0 else "refuted"
+            return f"{held}: final entropy {mean(gaps):+.4f} nats [{low:+.4f}, {high:+.4f}]"
+        if name == "H2":
+            counts = {e: [judge.collapsed(r) for r in self.whole_runs(cell, e).values()] for e in ("dispo", "cispo")}
+            if not all(counts.values()):
+                return ""
+            k, n = ({e: f(c) for e, c in counts.items()} for f in (sum, len))
+            text = f"DISPO collapses in {k['dispo']} of {n['dispo']}, CISPO in {k['cispo']} of {n['cispo']}"
+            if not any(k.values()):
+                return f"not tested, nothing collapses: {text}"
+            return f"{'holds' if k['dispo'] < k['cispo'] else 'refuted'}: {text}"
+        if name == "H4":
+            scores = [mean(r["score"] for r in self.whole_runs(cell, e).values()) for e in ("grpo", "dhpo", "gspo")]
+            if not all(map(math.isfinite, scores)):
+                return ""
+            low, high = min(scores[0], scores[2]) - judge.MARGIN, max(scores[0], scores[2]) + judge.MARGIN
+            held = "holds" if low <= scores[1] <= high else "refuted"
+            return f"{held}: GRPO {scores[0]:.3f}, DHPO {scores[1]:.3f}, GSPO {scores[2]:.3f}"
+        entry, wanted = {"H3": ("alp", "better"), "H5": ("dppo", "better"), "H6": ("no_trust_region", "worse")}[name]
+        if "verdict" not in judged.get(entry, {}):
+            return ""
+        verdict = judged[entry]["verdict"]
+        return f"{'holds' if verdict == wanted else 'refuted'}: {entry} is {verdict}, {said(entry)}"
+
+    def hypotheses(self) -> str:
+        rows = []
+        for name, (claim, regime) in HYPOTHESES.items():
+            cells = [cell for cell in self.cells() if cell[1] == regime]
+            answers = [f"{cell[0]}, {cell[2]:g}: {said}" for cell in cells if (said := self.answer(name, cell))]
+            rows.append([name, claim, regime, "; ".join(answers) or "not run"])
+        return markdown(["", "claim", "regime", "here"], rows)
+
+    def not_run(self) -> str:
+        """Entries without a whole cell in a regime that was begun, and regimes that were not."""
+        lines = []
+        for task, regime, rate in self.cells():
+            whole = [name for name in entries() if self.whole_runs((task, regime, rate), name)]
+            absent = [entry.title for name, entry in entries().items() if name not in whole]
+            if absent:
+                lines.append(f"- {task}, {regime}, rate {rate:g}: {', '.join(absent)}\n")
+        begun = {(task, regime) for task, regime, _ in self.cells()}
+        for task in ("addition", "sudoku"):
+            absent = [regime for regime in regimes() if (task, regime) not in begun]
+            if absent:
+                lines.append(f"- {task}: {', '.join(absent)}\n")
+        return "".join(lines)
+
+    def markdown(self) -> str:
+        """All tables."""
+        text = ["# The comparison: all tables\n\n"]
+        text.append(
+            "Made by `python benchmarks/compare/report.py` from the records beside this file; the rules are in\n"
+        )
+        text.append(
+            "[benchmarks/compare/README.md](../../compare/README.md). Score: mean held-out pass@1 of the last five\n"
+        )
+        text.append(
+            "of ten checkpoints. Differences are paired by start. `to .5`: generations to pass@1 of .5, median.\n"
+        )
+        for cell in self.cells():
+            task, regime, rate = cell
+            n = sum(map(len, self.runs[cell].values()))
+            text.append(f"\n## {task}, {regime}, learning rate {rate:g} for all\n\n")
+            text.append(f"{regimes()[regime].title[0].upper()}{regimes()[regime].title[1:]}. {n} runs.\n\n")
+            text.append(self.table(cell))
+        for task, regime, cell in self.windows():
+            text.append(f"\n## {task}, {regime}: the window of learning rates\n\n{self.window_table(cell)}")
+        text.append(f"\n## Hypotheses\n\n{self.hypotheses()}\n## Not run\n\n{self.not_run()}")
+        seconds = [r["cpu_seconds"] + r["measuring_cpu_seconds"] for c in self.runs.values() for r in self._all(c)]
+        if seconds:
+            text.append(
+                f"\n{len(seconds)} runs, {sum(seconds) / 3600:.1f} CPU hours, {mean(seconds):.0f} CPU s a run.\n"
+            )
+        return "".join(text)
+
+    @staticmethod
+    def _all(cell) -> list[dict]:
+        return [record for runs in cell.values() for record in runs.values()]
+
+    def blocks(self) -> dict[str, str]:
+        """The tables of the page, by the names of its markers."""
+        found = {
+            f"{task} {regime} {rate:g}": self.short_table((task, regime, rate)) for task, regime, rate in self.cells()
+        }
+        found |= {f"{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
+        return found | {"hypotheses": self.hypotheses(), "not run": self.not_run()}
+
+
+def fill(page: str, blocks: dict[str, str]) -> str:
+    """The page with its blocks anew. Raises KeyError for a marker whose table there is no more."""
+    return BLOCK.sub(lambda m: f"{m[1]}{blocks[m['name']]}{m[3]}", page)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+INK, FAINT, BLUE, RED, GREEN = "#222222", "#bbbbbb", "#3b6ea5", "#b3392f", "#3c8d4f"
+COLORS = {"better": GREEN, "worse": RED, "equivalent": BLUE, "undecided": INK}
+
+
+def _figure(rows: int, columns: int, width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "compare"}
+    )
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def draw_forest(comparison: Comparison, cell, path: Path) -> Path | None:
+    """Paired differences to the reference with their intervals, the margin shaded."""
+    rows = [(e, row) for e, _, row in comparison.rows(cell) if "low" in row and math.isfinite(row["low"])]
+    if not rows:
+        return None
+    figure, axes = _figure(1, 1, 7, 1.2 + 0.32 * len(rows))
+    ax = axes[0][0]
+    ax.axvspan(-judge.MARGIN, judge.MARGIN, color="#eeeeee", zorder=0)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    for i, (_, row) in enumerate(reversed(rows)):
+        color = COLORS.get(row.get("verdict"), FAINT)
+        ax.plot([row["low"], row["high"]], [i, i], color=color, linewidth=2)
+        ax.plot(row["mean"], i, "o", color=color, markersize=5)
+        ax.annotate(
+            row.get("verdict", "not judged"), (1.01, i), xycoords=("axes fraction", "data"), va="center", color=color
+        )
+    ax.set_yticks(range(len(rows)), [entries()[e].title for e, _ in reversed(rows)])
+    ax.set_xlabel(f"score minus the reference's, paired by start, with 97.5 % intervals; margin {judge.MARGIN} shaded")
+    ax.set_title(f"{cell[0]}, {cell[1]}, learning rate {cell[2]:g}", loc="left")
+    return _save(figure, path)
+
+
+def draw_curves(comparison: Comparison, cell, path: Path) -> Path | None:
+    """Held-out pass@1 over generations: mean and range over starts, the reference in gray."""
+    import numpy as np
+
+    def curves(records):
+        good = [r["checkpoints"] for r in records if "error" not in r]
+        x = [c["generation"] for c in good[0]] if good else []
+        return [0, *x], np.array([[r["start_metrics"]["pass@1"], *(c["pass@1"] for c in r["checkpoints"])]
+                                  for r in records if "error" not in r])  # fmt: skip
+
+    rows = [row for row in comparison.rows(cell) if any("error" not in r for r in row[1])]
+    if not rows:
+        return None
+    columns = min(5, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure, axes = _figure(lines, columns, 2.2 * columns + 0.4, 1.9 * lines + 0.5)
+    reference = next((records for entry, records, _ in rows if entry == REFERENCE), None)
+    for ax, (entry, records, _) in zip(axes.flat, rows, strict=False):
+        if reference is not None and entry != REFERENCE:
+            x, y = curves(reference)
+            ax.plot(x, y.mean(0), color=FAINT, linewidth=1.5)
+        x, y = curves(records)
+        ax.fill_between(x, y.min(0), y.max(0), color=BLUE, alpha=0.2, linewidth=0)
+        ax.plot(x, y.mean(0), color=BLUE, linewidth=1.5)
+        ax.set_title(f"{entries()[entry].title}, {len(records)}", fontsize=8, loc="left")
+        ax.set_ylim(0, 1)
+    for ax in list(axes.flat)[len(rows) :]:
+        ax.axis("off")
+    figure.supxlabel("generations", fontsize=9)
+    figure.supylabel("held-out pass@1", fontsize=9)
+    return _save(figure, path)
+
+
+def draw_window(title: str, cell: dict[str, dict[float, float]], path: Path) -> Path:
+    """Mean score by learning rate, a line an entry, named at its end."""
+    figure, axes = _figure(1, 1, 7, 4)
+    ax = axes[0][0]
+    marks = "os^Dv<>Pp*Xh"
+    for i, (entry, by) in enumerate(sorted(cell.items(), key=lambda item: -mean(item[1].values()))):
+        rates = sorted(by)
+        style = dict(color=INK, linewidth=2) if entry == REFERENCE else dict(linewidth=1.2)
+        ax.plot(rates, [by[r] for r in rates], marker=marks[i % len(marks)], label=entries()[entry].title, **style)
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("score")
+    ax.set_title(title, loc="left")
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, path)
+
+
+def draw(comparison: Comparison, folder: Path) -> list[Path]:
+    """All pictures, SVG."""
+    made = []
+    for cell in comparison.cells():
+        stem = f"{cell[0]}-{cell[1]}-{cell[2]:.0e}"
+        made.append(draw_forest(comparison, cell, folder / f"{stem}-forest.svg"))
+        made.append(draw_curves(comparison, cell, folder / f"{stem}-curves.svg"))
+    for task, regime, cell in comparison.windows():
+        made.append(draw_window(f"{task}, {regime}", cell, folder / f"{task}-{regime}-window.svg"))
+    return [path for path in made if path]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=RESULTS, help="folder of the records; tables go there too")
+    parser.add_argument("--starts", type=int, default=len(STARTS), help="runs without which an entry is not judged")
+    args = parser.parse_args(argv)
+    comparison = Comparison(read(args.input), args.starts)
+    if not comparison.runs:
+        parser.error(f"--input={args.input} holds no run of a start below {FIRST_TUNING_START}; run.py makes them")
+    made = [args.input / "tables.md", *draw(comparison, args.input)]
+    made[0].write_text(comparison.markdown())
+    if args.input == RESULTS and PAGE.exists():
+        PAGE.write_text(fill(PAGE.read_text(), comparison.blocks()))
+        made.append(PAGE)
+    print("\n".join(map(str, made)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

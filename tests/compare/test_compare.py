@@ -1,0 +1,165 @@
+"""The comparison: records, plan, entries, tables; the runs themselves are `run.py --smoke`."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "compare"))
+
+import report
+import run
+import work
+from records import GRID, RESULTS, STARTS, TUNING, Job, read, tuned_rate, write
+
+from trl_trust.methods import hosted
+
+
+def made(job, score=0.5, **more):
+    last = {"pass@1": score, "pass@8": 0.8, "entropy": 0.1, "kl": 0.05}
+    return {
+        "entry": job.entry,
+        "task": job.task,
+        "regime": job.regime,
+        "start": job.start,
+        "seed": job.start,
+        "learning_rate": job.learning_rate,
+        "overrides": {},
+        "score": score,
+        "start_metrics": {"pass@1": 0.3, "pass@8": 0.75},
+        "checkpoints": [{"generation": 2 * i, **last} for i in range(1, 11)],
+        "worst_drop": 0.0,
+        "cpu_seconds": 20.0,
+        "measuring_cpu_seconds": 5.0,
+    } | more
+
+
+def test_a_record_is_added_once_and_whole(tmp_path):
+    job = Job("addition", "reuse", "dapo", 3, 1e-4)
+    path = write(tmp_path, job, made(job))
+    assert path == tmp_path / "addition" / "reuse" / "dapo" / "1e-04-003.json"
+    with pytest.raises(FileExistsError):
+        write(tmp_path, job, made(job, score=0.9))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write(tmp_path, Job("addition", "reuse", "dapo", 4, 1e-4), {"score": float("nan")})
+    (path.parent / ".1e-04-005.json.part").write_text('{"half')
+    assert [r["score"] for r in read(tmp_path)] == [0.5]
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_edges_are_extended():
+    assert tuned_rate({1e-4: [0.5], 3e-4: [0.6], 1e-3: [0.1]}) == (3e-4, None)
+    assert tuned_rate({1e-4: [0.5, 0.7], 3e-4: [0.5, 0.6], 1e-3: [0.1, 0.1]}) == (1e-4, 3e-5)
+    assert tuned_rate({1e-4: [0.1], 3e-4: [0.5], 1e-3: [0.6]}) == (1e-3, 3e-3)
+    assert tuned_rate({3e-5: [0.9], 1e-4: [0.5]}) == (3e-5, None)  # nothing lies below
+
+
+def drained(words, tmp_path, score):
+    """All jobs that the runner would do, with their scores by a function."""
+    args = run.parse([*words, "--output", str(tmp_path)])
+    plan, done = run.Plan(args), []
+    while ready := plan.pending()[0]:
+        job = ready[0]
+        write(tmp_path, job, made(job, score(job)))
+        plan.add(made(job, score(job)))
+        done.append(job)
+    assert run.Plan(args).pending() == ([], 0)  # a new process finds nothing to do
+    return done
+
+
+def test_tuning_comes_first_and_decides_the_rate(tmp_path):
+    jobs = drained(["--regime", "reuse", "--entry", "dapo"], tmp_path, lambda job: 1 - abs(job.learning_rate - 3e-4))
+    tuning, main = jobs[: 2 * len(TUNING)], jobs[2 * len(TUNING) :]
+    assert {(job.start, job.learning_rate) for job in tuning} == {(s, rate) for s in (100, 101) for rate in TUNING}
+    assert [(job.start, job.learning_rate) for job in main] == [(s, 3e-4) for s in STARTS]
+
+
+def test_stated_rates_tune_nothing_and_fill_one_table_after_the_other(tmp_path):
+    words = ["--regime", "reuse", "--entry", "dapo", "dppo", "--learning-rate", "1e-4", "1e-3", "--seeds", "2"]
+    jobs = drained(words, tmp_path, lambda job: 0.5)
+    assert [job.learning_rate for job in jobs] == [1e-4] * 4 + [1e-3] * 4
+    assert {job.start for job in jobs} == {0, 1}
+    window = drained(["--regime", "reuse", "--entry", "dapo", "--stage", "window"], tmp_path, lambda job: 0.5)
+    assert len(window) == len(GRID) * len(STARTS) - 4
+
+
+@pytest.mark.parametrize(
+    "words, said", [(["--regime", "reus"], "unknown regime 'reus'"), (["--jobs", "0"], "--jobs=0")]
+)
+def test_wrong_words_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(words)
+    assert said in capsys.readouterr().err
+
+
+def test_every_entry_and_regime_is_stated_rightly():
+    from trl import GRPOConfig
+
+    known = {f.name for f in fields(GRPOConfig)}
+    for regime in work.regimes().values():
+        assert set(regime.fields) <= known
+        assert regime.generations % work.CHECKPOINTS == 0
+        batch = regime.fields["per_device_train_batch_size"] * regime.fields["steps_per_generation"]
+        assert batch == 256
+    for entry in work.entries().values():
+        assert not work.missing_fields(entry), entry.name
+        assert entry.kind in ("stock", "control", "ours", "teacher", "extra")
+    assert set(run.ORDER) | {"dapo_here"} == set(work.entries())
+
+
+def test_every_method_of_the_table_is_an_entry(tmp_path):
+    for method in hosted("grpo"):
+        if method.name == "grpo":
+            continue
+        assert any(entry.trainer.endswith(f".{method.trainer}") for entry in work.entries().values()), method.name
+
+
+def test_the_committed_tables_are_those_of_the_records():
+    records = read(RESULTS)
+    assert records
+    comparison = report.Comparison(records)
+    assert (RESULTS / "tables.md").read_text() == comparison.markdown()
+    page = report.PAGE.read_text()
+    assert len(list(report.BLOCK.finditer(page))) >= 2
+    assert report.fill(page, comparison.blocks()) == page
+
+
+def test_the_table_changes_with_the_records(tmp_path):
+    for entry, score in (("dapo", 0.6), ("dppo", 0.2), ("gspo", 0.61)):
+        for start in STARTS[: 11 if entry == "gspo" else 12]:
+            job = Job("addition", "reuse", entry, start, 1e-4)
+            write(tmp_path, job, made(job, score + start / 100 + (0.001 * start if entry == "dppo" else 0)))
+    comparison = report.Comparison(read(tmp_path))
+    cell = ("addition", "reuse", 1e-4)
+    assert [entry for entry, _, _ in comparison.rows(cell)] == ["gspo", "dapo", "dppo"]
+    table = comparison.table(cell)
+    assert "**worse**" in table
+    assert "not judged, 11 runs" in table
+    assert comparison.answer("H6", cell) == ""
+    page = "a\n<!-- addition reuse 0.0001: made by benchmarks/compare/report.py -->\nold\n<!-- end -->\nb\n"
+    filled = report.fill(page, comparison.blocks())
+    assert "old" not in filled
+    assert filled.startswith("a\n<!-- addition") and filled.endswith("<!-- end -->\nb\n")
+    assert report.main(["--input", str(tmp_path)]) == 0
+    assert (tmp_path / "tables.md").read_text() == comparison.markdown()
+    assert (tmp_path / "addition-reuse-1e-04-forest.svg").stat().st_size > 1000
+
+
+def test_a_run_is_watched_and_repeats_itself():
+    """One real run, in toy sizes: the same numbers twice, but for the time."""
+    from trl_trust.quickstart.run import quiet
+
+    with quiet():
+        first, second = (work.run_one("addition", "flipped", "dppo", 0, 1e-3, smoke=True) for _ in range(2))
+    for name in ("score", "checkpoints", "curves", "tokens", "updates"):
+        assert first[name] == second[name], name
+    assert first["updates"] == 40
+    assert len(first["checkpoints"]) == 10
+    assert first["checkpoints"][-1]["kl"] > 0
+    assert all(len(curve) == 10 for curve in first["curves"].values())
+    json.dumps(first, allow_nan=False)
+    with pytest.raises(ValueError, match="no field epsilon_lo"):
+        work.run_one("addition", "flipped", "dapo", 0, 1e-3, {"epsilon_lo": 1.0}, smoke=True)
