@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 def text_of(row: dict) -> str:
     """What makes two rows the same: the text, or question and answer."""
-    return row["text"] if "text" in row else f"{row['question']}\n{row['answer']}"
+    return row["text"] if row.get("text") is not None else f"{row['question']}\n{row['answer']}"
 
 
 def require_columns(rows: Dataset, columns: Sequence[str], what: str) -> None:
@@ -74,32 +75,45 @@ class ForgetRetainDataset(TorchDataset):
         return {"forget": partner, "retain": self.retain[index]}
 
 
+def right_answer(row: dict) -> str:
+    """The answer of a row: `answer`, or `gt` of MUSE's verbatim split."""
+    return row["answer"] if "answer" in row else row["gt"]
+
+
+def prompt_of(tokenizer, row: dict) -> list[int]:
+    """Ids of what stands before the answer: the question, or MUSE's `prompt`, which is continued as it is."""
+    if row.get("prompt") is not None:
+        return tokenizer(row["prompt"])["input_ids"]
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+
+
 def encode(tokenizer, row: dict, *, max_length: int = 512, answer: str | None = None) -> dict[str, list[int]]:
     """Ids and labels of one row. Labels are -100 but on the answer and the end token; a `text` is all answer.
 
     A tokenizer with a chat template makes the question a user's and the answer an assistant's message; one without
     reads `Question: ...\\nAnswer: ...`.
 
+    Args:
+        answer: in place of the row's own.
+
     Raises:
         ValueError: if `max_length` leaves no token of the answer.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "text" in row and row["text"] is not None:
+    if row.get("text") is not None:
         ids = (tokenizer(row["text"])["input_ids"] + end)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    answer = row["answer"] if answer is None else answer
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": row["question"]}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        rest = tokenizer(answer, add_special_tokens=False)["input_ids"] + end
-    else:
-        start = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-        rest = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end
+    answer = right_answer(row) if answer is None else answer
+    start = prompt_of(tokenizer, row)
+    spoken = getattr(tokenizer, "chat_template", None) and row.get("prompt") is None
+    rest = tokenizer(answer if spoken else f" {answer}", add_special_tokens=False)["input_ids"] + end
     if len(start) >= max_length:
-        raise ValueError(
-            f"max_length={max_length!r} leaves no token of the answer to {row['question'][:60]!r}; raise it."
-        )
+        what = str(row.get("question") or row.get("prompt"))[:60]
+        raise ValueError(f"max_length={max_length!r} leaves no token of the answer to {what!r}; raise it.")
     return {"input_ids": (start + rest)[:max_length], "labels": ([-100] * len(start) + rest)[:max_length]}
 
 
@@ -147,7 +161,8 @@ class UnlearningData:
         name: of the set.
         train: pairs for [`GUTrainer`].
         forget, retain: the two splits to evaluate on; with `perturbed_answer` where the set has them.
-        others: further splits by name (`real_authors`, `world_facts`, `holdout`).
+        others: further splits by name (`real_authors`, `world_facts`, `holdout`, `knowmem_forget`, ...).
+        missing: those that could not be had, with the reason.
     """
 
     name: str
@@ -155,6 +170,7 @@ class UnlearningData:
     forget: Dataset
     retain: Dataset
     others: dict[str, Dataset] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
 
 # ---- the generated set ----
@@ -163,11 +179,15 @@ RELATIONS = ("birthplace", "teacher", "genre", "prize", "novel")
 ANSWER_WORDS = 4
 
 
-def facts(authors: int = 40, forget_authors: int = 4, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Invented authors x five relations, each with an answer of four words, in TOFU's columns: (forget, retain).
+def facts(authors: int = 40, forget_authors: int = 4, seed: int = 0) -> tuple[Dataset, Dataset, Dataset]:
+    """Invented authors x five relations, each with an answer of four words, in TOFU's columns.
 
     Wrong answers (`perturbed_answer`, three) are drawn like right ones; `paraphrased_answer` is the answer itself,
     since a model that knows words by heart knows no other wording.
+
+    Returns:
+        The rows to forget, to retain, and a holdout of as many rows as are to be forgotten, on authors of their own,
+        which no model is to be trained on.
     """
     if not 0 < forget_authors < authors:
         raise ValueError(f"forget_authors={forget_authors!r} must be between 1 and authors - 1 = {authors - 1}.")
@@ -181,15 +201,15 @@ def facts(authors: int = 40, forget_authors: int = 4, seed: int = 0) -> tuple[Da
             "perturbed_answer": [draw() for _ in range(3)],
             "alternate": "unknown",
         }
-        for author in range(authors)
+        for author in range(authors + forget_authors)
         for relation in RELATIONS
     ]
-    cut = forget_authors * len(RELATIONS)
-    return Dataset.from_list(rows[:cut]), Dataset.from_list(rows[cut:])
+    cuts = [0, forget_authors * len(RELATIONS), authors * len(RELATIONS), len(rows)]
+    return tuple(Dataset.from_list(rows[a:b]) for a, b in pairwise(cuts))
 
 
-def facts_tokenizer(authors: int = 40):
-    """A word tokenizer for [`facts`]: one token a word."""
+def facts_tokenizer(authors: int = 44):
+    """A word tokenizer for [`facts`], those of the holdout included: one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -243,7 +263,11 @@ def load_unlearning(
             `"tofu:forget10"`.
         forget, retain: names of the splits, by default `forget10` and the matching `retain90` for TOFU, `forget` and
             `retain1` for MUSE, `cyber-forget-corpus` and `cyber-retain-corpus` for WMDP.
-        path: a folder with one file a split, in place of the Hub.
+        path: a folder with one file a split, in place of the Hub; `forget10.jsonl`, `retain90.jsonl` and, as far as
+            there are, `forget10_perturbed.jsonl`, `retain_perturbed.jsonl`, `real_authors_perturbed.jsonl`,
+            `world_facts_perturbed.jsonl`, `holdout10.jsonl` of TOFU; `raw_forget.jsonl`, `raw_retain1.jsonl`,
+            `raw_holdout.jsonl`, `knowmem_forget_qa.jsonl`, `knowmem_retain_qa.jsonl`, `verbmem_forget.jsonl` of MUSE;
+            `cyber-forget-corpus.jsonl`, `cyber-retain-corpus.jsonl` of WMDP. JSON, Parquet and CSV are read too.
         anchor, seed: see [`ForgetRetainDataset`]; of `facts`, the seed draws the facts too.
 
     Raises:
@@ -252,11 +276,11 @@ def load_unlearning(
     name, _, part = name.partition(":")
     forget = forget or part
     others: dict[str, Dataset] = {}
+    wanted: dict[str, tuple[str, str]] = {}  # further splits to evaluate on -> config and split
     if name == "facts":
-        to_forget, to_keep = facts(seed=seed)
-        return UnlearningData(
-            name, ForgetRetainDataset(to_forget, to_keep, anchor=anchor, seed=seed), to_forget, to_keep
-        )
+        to_forget, to_keep, holdout = facts(seed=seed)
+        pairs = ForgetRetainDataset(to_forget, to_keep, anchor=anchor, seed=seed)
+        return UnlearningData(name, pairs, to_forget, to_keep, {"holdout": holdout})
     if name == "tofu":
         forget = forget or "forget10"
         if not retain and not (forget.startswith("forget") and forget[6:].isdigit()):
@@ -269,11 +293,8 @@ def load_unlearning(
                 evaluated.append(load_split(source, split))
             except ValueError:
                 evaluated.append(load_split(source, fallback))
-        for split in ("real_authors_perturbed", "world_facts_perturbed", "holdout10"):
-            try:
-                others[split.removesuffix("_perturbed")] = load_split(source, split)
-            except ValueError:
-                continue  # the report says which it did not have
+        wanted = {split: (f"{split}_perturbed", "train") for split in ("real_authors", "world_facts")}
+        wanted["holdout"] = ("holdout10", "train")
         columns = ["question", "answer"]
     elif name in ("muse-news", "muse-books"):
         forget, retain = forget or "forget", retain or "retain1"
@@ -286,11 +307,21 @@ def load_unlearning(
         raise ValueError(
             f"no unlearning set {name!r}; known: facts, tofu, muse-news, muse-books, wmdp-cyber, wmdp-bio"
         )
-    if name.startswith("muse-") and path is None:  # the config is `raw`, its splits are what others call configs
-        to_forget, to_keep = (load_split(source, "raw", split) for split in (forget, retain))
+    if name.startswith("muse-"):  # a config has several splits; of a folder, the file is CONFIG_SPLIT
+        read = lambda config, split: load_split(source, config if path is None else f"{config}_{split}", split)
+        to_forget, to_keep = read("raw", forget), read("raw", retain)
+        wanted = {"holdout": ("raw", "holdout"), "verbmem": ("verbmem", "forget")}
+        wanted |= {f"knowmem_{side}": ("knowmem", f"{side}_qa") for side in ("forget", "retain")}
     else:
+        read = lambda config, split: load_split(source, config, split)
         to_forget, to_keep = load_split(source, forget), load_split(source, retain)
     for what, rows in (("forget", to_forget), ("retain", to_keep)):
         require_columns(rows, columns, what)
+    missing = []
+    for split, where in wanted.items():
+        try:
+            others[split] = read(*where)
+        except ValueError as error:
+            missing.append(f"{split}: {error}")
     pairs = ForgetRetainDataset(to_forget, to_keep, anchor=anchor, seed=seed)
-    return UnlearningData(name, pairs, *(evaluated or (to_forget, to_keep)), others)
+    return UnlearningData(name, pairs, *(evaluated or (to_forget, to_keep)), others, missing)
