@@ -440,6 +440,12 @@ class ALPTrainer(TrustGRPOTrainer):
                 f"Raise perturbation_sigma; in bfloat16, noise below about 1e-3 of the residual stream rounds away."
             )
 
+    def generation_state(self) -> dict[str, Any]:
+        return {"generated_at": self._generated_at}
+
+    def load_generation_state(self, state: dict[str, Any]) -> None:
+        self._generated_at = state["generated_at"]
+
     def method_state(self) -> dict[str, Any]:
         if not self.args.learn_sigma:
             return {}

@@ -11,13 +11,11 @@ private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails w
 """
 
 import inspect
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,7 +23,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -41,6 +38,7 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
 )
 
 from ..cards import TrustCard, paper
+from .checkpoint import METHOD_STATE_FILE, KeptState
 from .config import AGGREGATIONS, TrustGRPOConfig, is_number
 from .control import SteeredSteps
 from .telemetry import (
@@ -78,6 +76,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGGREGATIONS",
     "LOG_RATIO_LIMIT",
+    "METHOD_STATE_FILE",
     "MULTIMODAL_INPUTS",
     "PolicyBatch",
     "PolicyLoss",
@@ -101,9 +100,6 @@ __all__ = [
 ]
 
 logger = get_logger(__name__)
-
-METHOD_STATE_FILE = "trl_trust_state.json"  # in a checkpoint's folder
-
 
 # Inputs that a multimodal model reads besides token ids; the names `GRPOTrainer` gives them.
 MULTIMODAL_INPUTS = (
@@ -145,7 +141,7 @@ class Rollouts:
     tensors: dict[str, Any]
 
 
-class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
+class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOTrainer):
     """
     [`trl.GRPOTrainer`] with an exchangeable policy term; on its own, GRPO or GSPO with the `trust/` telemetry.
 
@@ -318,13 +314,6 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
         """How many micro-batches the last generation has served; 0 before the first and again after the last."""
         # TRL 1.16: `_step` counts micro-batches from the start of the process
         return self._step % (self.args.steps_per_generation * self.num_iterations)
-
-    def method_state(self) -> dict[str, Any]:
-        """What the method carries from step to step, for JSON: written with each checkpoint unless it is empty."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take up what [`method_state`] returned when the checkpoint was written."""
 
     # -- rollouts: carry rewards, groups and extras along ------------------------------------------------------------
 
@@ -625,28 +614,6 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, GRPOTrainer):
             self.entropy_coef = max(self.entropy_coef - self.args.entropy_coef_delta, self.args.entropy_coef_min)
         self._last_world_entropy = entropy
         self._entropy_window_stats = None
-
-    # -- what a method carries from step to step ---------------------------------------------------------------------
-
-    def _save_checkpoint(self, model, trial):
-        # transformers 5.23 and TRL 1.16, which keeps its entropy controller so; `trial` is of a hyperparameter search
-        super()._save_checkpoint(model, trial)
-        state = self.method_state()
-        if self.step_control is not None:
-            state = state | {"step_control": self.step_control.state()}
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (folder / METHOD_STATE_FILE).write_text(json.dumps(state))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint, METHOD_STATE_FILE)).exists():
-            state = json.loads(path.read_text())
-            control = state.pop("step_control", None)
-            if self.step_control is not None and control is not None:
-                self.step_control.load_state(control)
-            if state:
-                self.load_method_state(state)
 
     # -- metrics: one gather a step, one host synchronisation a log --------------------------------------------------
 

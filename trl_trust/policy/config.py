@@ -119,6 +119,12 @@ class TrustGRPOConfig(Settings, GRPOConfig):
         1.0, "Largest factor. 1: control only brakes; above, it raises a rate that is too low. For kl and ess."
     )
 
+    save_generation_state: bool = setting(
+        False,
+        "Save with each checkpoint the rollouts that are being trained on, so that a run resumed inside a generation "
+        "goes on as it would have.",
+    )
+
     # field -> what to do instead; subclasses extend it
     unread_fields: ClassVar[dict[str, str]] = {
         "sapo_temperature_neg": "it belongs to `loss_type='sapo'` of `trl.GRPOTrainer`",

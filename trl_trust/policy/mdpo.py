@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -217,6 +217,17 @@ class MDPOTrainer(TrustGRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.args.divergence == "full":
             self._old_policy = OldDistribution(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
+
+    def generation_state(self) -> dict[str, Any]:
+        if self.args.divergence != "full" or self._old_policy.old_head is None:
+            return {}
+        trained = self._old_policy.causal_lm.get_output_embeddings().weight.requires_grad
+        return {"old_head": tuple(whole(x) for x in self._old_policy.old_head) if trained else None}
+
+    def load_generation_state(self, state: dict[str, Any]) -> None:
+        if "old_head" in state:
+            head = self._old_policy.causal_lm.get_output_embeddings()
+            self._old_policy.old_head = state["old_head"] or (head.weight, head.bias)
 
     def step_size(self) -> float:
         """t_k of the current iteration, one iteration being one generation batch."""
