@@ -38,12 +38,16 @@ class StepHooks(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.after_step()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.after_updates()
+
 
 class GuardedSteps:
     """Mixin before a `transformers.Trainer`: leaves out updates that are not finite, and counts them.
 
     Logs `trust/skipped_nonfinite`, the updates left out since the start of this process. Under DeepSpeed, whose engine
     steps inside the last backward, its own check of the gradients does the same, and is switched on where it is off.
+    A run in which no update had a gradient says so when it ends.
 
     Raises:
         RuntimeError: in training, after `NONFINITE_IN_A_ROW` such updates in a row, on every rank.
@@ -53,6 +57,7 @@ class GuardedSteps:
         super().__init__(*args, **kwargs)
         self.skipped_nonfinite = 0  # updates left out
         self._nonfinite_in_a_row = 0
+        self._updates = self._updates_with_gradient = 0
         self._left_out = False  # the update at hand
         self._window_broken = None  # 0-d: micro-batches of this update whose loss is not finite
         self._grad_norm = None  # of this update, over all ranks
@@ -93,16 +98,33 @@ class GuardedSteps:
             self._left_out = True
             self._count_broken()
 
+    def after_updates(self) -> None:
+        """Called when training has ended in an orderly way."""
+        if self._updates and not self._updates_with_gradient:
+            logger.warning(
+                f"No update of {self._updates} had a gradient, so the model has learned nothing: "
+                f"{self.why_no_gradient()}."
+            )
+
+    def why_no_gradient(self) -> str:
+        """The likely cause, of a run in which no update had a gradient, and its mend."""
+        return "every parameter is frozen, or every label is masked"
+
     def _is_broken(self) -> bool:
         broken, norm, self._window_broken = self._window_broken, self._grad_norm, None
-        if self.is_deepspeed_enabled:
-            return False  # the engine has stepped, or not, already
-        if self.accelerator.scaler is not None:
-            return False  # fp16: the scaler leaves such steps out, and lowers its scale by them
+        self._updates += 1
+        if self.is_deepspeed_enabled:  # the engine has stepped, or not, already
+            self._updates_with_gradient += norm is None or norm != 0
+            return False
+        if self.accelerator.scaler is not None:  # fp16: the scaler leaves such steps out, and lowers its scale by them
+            self._updates_with_gradient += 1
+            return False
         if self.accelerator.num_processes > 1:
             broken = self.accelerator.reduce(broken, reduction="sum")
         norm = torch.as_tensor(norm, device=broken.device).float()
-        return not math.isfinite((norm + torch.where(broken > 0, torch.nan, 0.0)).item())
+        norm = (norm + torch.where(broken > 0, torch.nan, 0.0)).item()
+        self._updates_with_gradient += norm != 0
+        return not math.isfinite(norm)
 
     def _count_broken(self) -> None:
         self.skipped_nonfinite += 1

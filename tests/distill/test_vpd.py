@@ -1027,7 +1027,7 @@ def test_resuming_takes_up_shift_and_schedule(mode, tiny_model_path, tmp_path): 
     whole = run(tiny_model_path, vpd_config(tmp_path, **settings))
     saved = json.loads((tmp_path / "checkpoint-3" / "trl_trust_state.json").read_text())
     shifts = [entry["vpd/shift"] for entry in whole.state.log_history if "vpd/shift" in entry]
-    assert saved == {"shift": shifts[0], "rollout_batches": 3} and whole.shift == shifts[-1]
+    assert saved == {"shift": shifts[0], "rollout_batches": 3, "method": "VPD"} and whole.shift == shifts[-1]
 
     again = tiny_trainer(
         VPDTrainer,

@@ -193,6 +193,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             args = self.config_class.from_grpo_config(args)
         self._trust_rollouts = None  # arguments and result of the last `_calculate_rewards`
         self._warned_of_rewards = False
+        self._rewards_differed = self._said_anything = False  # in any group, in any completion, so far
         beta = args.beta
         if args.needs_reference and beta == 0.0:
             # TRL 1.16 loads, spreads and scores a reference (a copy, or the model without its adapter) unless `beta`
@@ -217,6 +218,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             )
         finally:
             args.beta = beta  # the caller's, who may try again with the same `args`
+        self._check_dataset()
         for warning in self._warnings():
             logger.warning(warning)
         self._start_control()
@@ -229,6 +231,29 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             added = [p for p in own if p.kind is p.KEYWORD_ONLY]
             if any(p.kind is p.VAR_KEYWORD for p in own):
                 cls.__init__.__signature__ = inspect.Signature([*inherited, *added])
+
+    def _check_dataset(self) -> None:
+        prompts = self.args.generation_batch_size // self.num_generations
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else prompts
+        if rows < prompts:  # TRL 1.16 trains no step and overwrites output_dir with the model that it was given
+            raise ValueError(
+                f"train_dataset has {rows} rows, and a generation batch takes {prompts} prompts "
+                f"(generation_batch_size={self.args.generation_batch_size} / num_generations={self.num_generations}): "
+                f"lower per_device_train_batch_size or steps_per_generation, or give more rows."
+            )
+
+    def why_no_gradient(self) -> str:
+        if not self._said_anything:
+            return (
+                f"every completion was masked; with mask_truncated_completions=True they have to end within "
+                f"max_completion_length={self.args.max_completion_length}"
+            )
+        if not self._rewards_differed:
+            return (
+                "in no group did the rewards differ; take prompts that are neither too hard nor too easy, a reward "
+                "with more grades, or a larger num_generations"
+            )
+        return "the trust region cut every token, or every parameter is frozen"
 
     def _updates_are_on_policy(self) -> bool:
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
@@ -348,6 +373,12 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         n, start = len(prompts), self.accelerator.process_index * len(prompts)
         rows = slice(start, start + n)
+
+        if self.model.training and not (self._rewards_differed and self._said_anything):
+            groups = rewards.view(-1, num_generations).nan_to_num()
+            said = self.accelerator.reduce(output["completion_mask"].sum().float())
+            differed = (groups != groups[:, :1]).any().float()
+            self._rewards_differed, self._said_anything = (torch.stack([differed, said]) > 0).tolist()
 
         output["rewards"] = rewards[rows]  # (n,)
         output["group"] = torch.arange(start, start + n, device=rewards.device) // num_generations  # (n,)
