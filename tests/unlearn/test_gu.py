@@ -87,7 +87,7 @@ def test_what_the_optimizer_gets_is_orthogonal_to_all_covectors(knowing, tmp_pat
     class Watched(GUTrainer):
         def _project(self, forget, retain, covectors):
             out = super()._project(forget, retain, covectors)
-            seen.append((out.double(), covectors.double(), self.metric().double()))
+            seen.append((out.double(), covectors.double().clone(), self.metric().double()))
             return out
 
     trainer = build(
@@ -212,16 +212,21 @@ def test_accumulation_is_one_large_batch(knowing, tmp_path):
 
 
 def test_resume_repeats_the_uninterrupted_run(knowing, tmp_path):
-    settings = {"max_steps": 4, "gu_rank": 3, "save_strategy": "steps", "save_steps": 2}
+    settings = {"max_steps": 8, "gu_rank": 3, "save_strategy": "steps", "save_steps": 5}
     whole = build(knowing, tmp_path / "a", **settings)
     whole.train()
     again = build(knowing, tmp_path / "a", **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    checkpoint = tmp_path / "a" / "checkpoint-5"  # within an epoch, and the history has gone round
+    again.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(weights(whole), weights(again))
-    assert torch.equal(whole.history, again.history) and again.projections == 4
-    os.remove(tmp_path / "a" / "checkpoint-2" / "gu_history.safetensors")
+    assert torch.equal(whole.history, again.history) and again.projections == 8
+    for rank, kept in ((2, 2), (6, 3), (0, 0)):
+        other = build(knowing, tmp_path / "b", gu_rank=rank)
+        other._take_up(str(checkpoint / "gu_history.safetensors"))
+        assert other.history.shape[0] == kept and (other.history.norm(dim=1) - 1).abs().sum() < 1e-5
+    os.remove(checkpoint / "gu_history.safetensors")
     with pytest.raises(ValueError, match="holds no gu_history"):
-        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+        again.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_lora_takes_the_model_without_adapter_as_reference(knowing, tmp_path):
@@ -256,7 +261,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(knowing, tmp_path):
     trainer.train()
     assert weights(trainer).isfinite().all() and trainer.projections == 2
     counts = [e["trust/skipped_nonfinite"] for e in trainer.state.log_history if "loss" in e]
-    assert counts == [0, 1, 1] and trainer.history.shape[1] == 2
+    assert counts == [0, 1, 1] and trainer.history.shape[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ..settings import BelowOne, Count, NonNegative, Number, Positive, Settings,
 from ..steps import GuardedSteps
 from . import losses as L
 from .data import ForgetRetainDataset, PairCollator, require_columns
-from .projection import adam_metric, cone_project, null_project, sign_project, tangent_step
+from .projection import adam_metric, cone_project, norm, null_project, sign_project, tangent_step
 
 
 HISTORY = "gu_history.safetensors"  # in every checkpoint
@@ -190,8 +190,9 @@ class GUTrainer(GuardedSteps, Trainer):
             ref_model = copy.deepcopy(model)
         self.ref_model = None if ref_model is None else ref_model.requires_grad_(False).eval()
         self.forget_loss = forget_loss
-        self.history: Tensor | None = None  # (d, k) float32, newest first
+        self._covectors: Tensor | None = None  # (1 + gu_rank, d) float32: the current retain gradient, then past ones
         self.projections = 0  # optimizer steps whose retain gradient was seen
+        self.pushed = 0  # of them, those that entered the history; number n is in row 1 + n % gu_rank
         self._sums: dict[str, list[Tensor]] = {}
         super().__init__(
             model=model,
@@ -343,9 +344,10 @@ class GUTrainer(GuardedSteps, Trainer):
             self._write(forget + self._buffers["retain"])
         else:
             weights, retain = self.args.weights, self._buffers["retain"]
-            covectors = retain[:d, None]
-            if self.history is not None and self.args.gu_rank:
-                covectors = torch.cat([covectors, self.history], 1)  # (d, 1 + k)
+            if self._covectors is None:
+                self._covectors = retain.new_empty(1 + self.args.gu_rank, d)
+            self._covectors[0] = retain[:d]
+            covectors = self._covectors[: 1 + self.history.shape[0]].T  # (d, 1 + k), column by column in memory
             if self.args.gu_stage == "grad":
                 forget = torch.cat([self._project(forget[:d], retain[:d], covectors), forget[d:]])
             else:
@@ -361,14 +363,19 @@ class GUTrainer(GuardedSteps, Trainer):
             start += p.numel()
 
     def _remember(self, retain: Tensor) -> None:
-        """Push the unit-normalized raw retain gradient; it is whitened anew at each step."""
-        norm = retain.double().norm()
+        """Put the unit-normalized raw retain gradient in the place of the oldest; it is whitened anew at each step."""
+        length = norm(retain)
         due = self.projections % self.args.gu_refresh_every == 0
         self.projections += 1
-        if due and self.args.gu_rank and norm > 0:
-            column = (retain / norm.to(retain.dtype))[:, None]
-            old = [] if self.history is None else [self.history[:, : self.args.gu_rank - 1]]
-            self.history = torch.cat([column, *old], 1)
+        if due and self.args.gu_rank and length > 0:
+            self._covectors[1 + self.pushed % self.args.gu_rank] = retain / length
+            self.pushed += 1
+
+    @property
+    def history(self) -> Tensor:
+        """Past retain gradients of unit length (k, d), k <= gu_rank, in no particular order."""
+        filled = min(self.pushed, self.args.gu_rank)
+        return torch.empty(0, 0) if self._covectors is None else self._covectors[1 : 1 + filled]
 
     def metric(self) -> Tensor:
         """P (d,) float32 of the selected parameters: Adam's where it has state, ones elsewhere."""
@@ -505,8 +512,9 @@ class GUTrainer(GuardedSteps, Trainer):
         """The model, and in a checkpoint the history, which is what protects after a resume."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save and self.args.gu_mode != "off":
-            history = torch.zeros(0, 0) if self.history is None else self.history
-            state = {"history": history.cpu().contiguous(), "projections": torch.tensor(self.projections)}
+            rank, first = self.args.gu_rank, self.pushed - len(self.history)
+            state = {str(n): self._covectors[1 + n % rank].cpu() for n in range(first, self.pushed)}
+            state["projections"] = torch.tensor(self.projections)
             save_file(state, os.path.join(output_dir or self.args.output_dir, HISTORY))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -518,19 +526,29 @@ class GUTrainer(GuardedSteps, Trainer):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
-        self.history, self.projections = None, 0
+        self._covectors, self.projections, self.pushed = None, 0, 0
         self._clear()
         if folder and self.args.gu_mode != "off":
             path = os.path.join(folder, HISTORY)
             if not os.path.isfile(path):
                 raise ValueError(f"{folder} holds no {HISTORY}: it is no checkpoint of GU; start anew")
-            state = load_file(path)
-            history, d = state["history"], sum(p.numel() for p in self.chosen)
-            if history.numel() and history.shape[0] != d:
-                raise ValueError(f"{path} is of {history.shape[0]} parameters, gu_params now selects {d}")
-            self.history = history.to(self.args.device)[:, : self.args.gu_rank] if history.numel() else None
-            self.projections = int(state["projections"])
+            self._take_up(path)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _take_up(self, path: str) -> None:
+        state, d, rank = load_file(path), sum(p.numel() for p in self.chosen), self.args.gu_rank
+        self.projections = int(state.pop("projections"))
+        self._covectors = torch.empty(1 + rank, d, device=self.args.device)
+        numbers = sorted(map(int, state))
+        wider = numbers and len(numbers) < min(numbers[-1] + 1, rank)  # the rank has grown: what is there comes first
+        for number in numbers:
+            column = state[str(number)]
+            if column.numel() != d:
+                raise ValueError(f"{path} is of {column.numel()} parameters, gu_params now selects {d}")
+            place = number - numbers[0] if wider else number
+            if rank:
+                self._covectors[1 + place % rank] = column
+            self.pushed = place + 1
 
 
 class _Reference:

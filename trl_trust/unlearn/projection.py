@@ -50,26 +50,41 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def orthonormal(columns: Tensor, *, tol: float = RANK_TOL) -> Tensor:
+def minus(z: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """`z - columns @ weights` for z (d,), columns (d, k), weights (k,) float64, computed in float64 block by block."""
+    out = torch.empty_like(z)
+    for start in range(0, z.shape[0], BLOCK):
+        part = slice(start, start + BLOCK)
+        out[part] = z[part].double() - columns[part].double() @ weights
+    return out
+
+
+def norm(x: Tensor) -> Tensor:
+    """Length of x (d,), 0-d float64."""
+    return inner(x[:, None], x[:, None])[0, 0].sqrt()
+
+
+def orthonormal(columns: Tensor, scale: Tensor | None = None, *, tol: float = RANK_TOL) -> Tensor:
     """An orthonormal basis (d, r), r <= m, of the span of `columns` (d, m); zero and dependent columns are left out.
 
-    Columns are scaled to unit length, then orthogonalized in order (the first column's direction stays first), each
-    twice against those before it, since once loses digits where columns are close.
+    Columns are multiplied by `scale` (d,) where it is given, brought to unit length, then orthogonalized in order (the
+    first column's direction stays first), each twice against those before it, since once loses digits where columns
+    are close. Stored column by column, and no second copy is made of `columns`.
     """
-    found: list[Tensor] = []
+    basis, found = torch.empty_like(columns.T, memory_format=torch.contiguous_format), 0  # (m, d)
     for column in columns.T:
-        norm = column.double().norm()
-        if not norm > 0:
+        q = column if scale is None else scale * column
+        size = norm(q)
+        if not size > 0:
             continue
-        q = (column.double() / norm).to(columns.dtype)
+        q = q / size
         for _ in range(2):
-            if found:
-                basis = torch.stack(found, 1)
-                q = q - (basis.double() @ inner(basis, q[:, None]))[:, 0].to(q.dtype)
-        rest = q.double().norm()
+            q = minus(q, basis[:found].T, inner(basis[:found].T, q[:, None])[:, 0])
+        rest = norm(q)
         if rest**2 > max(tol, torch.finfo(columns.dtype).eps ** 2 * 100):
-            found.append((q.double() / rest).to(columns.dtype))
-    return torch.stack(found, 1) if found else columns[:, :0]
+            basis[found] = q / rest
+            found += 1
+    return basis[:found].T
 
 
 def null_project(forget: Tensor, covectors: Tensor, metric: Tensor) -> Projected:
@@ -84,7 +99,7 @@ def null_project(forget: Tensor, covectors: Tensor, metric: Tensor) -> Projected
     """
     root = metric.sqrt()
     z = root * forget
-    basis = orthonormal(root[:, None] * covectors)
+    basis = orthonormal(covectors, root)
     perp = _remove(z, basis)
     return _projected(perp / root, z, perp, basis)
 
@@ -99,12 +114,12 @@ def sign_project(
     """
     root = metric.sqrt()
     z = root * forget
-    basis = orthonormal(root[:, None] * covectors)
+    basis = orthonormal(covectors, root)
     perp = _remove(z, basis)
     a, b = inner(basis, z[:, None])[:, 0], inner(basis, (root * retain)[:, None])[:, 0]
     keep = torch.where(a * b > tau, a, 0.0)
-    scale = (kappa * perp.double().norm() / keep.norm()).clamp(max=1.0) if keep.any() else 0.0
-    out = perp + (basis.double() @ (scale * keep)).to(perp.dtype)
+    scale = (kappa * norm(perp) / keep.norm()).clamp(max=1.0) if keep.any() else 0.0
+    out = minus(perp, basis, -scale * keep)
     return _projected(out / root, z, out, basis)
 
 
@@ -159,7 +174,7 @@ def cone_project(step: Tensor, covectors: Tensor, weight: Tensor) -> tuple[Tenso
 def tangent_step(step: Tensor, covectors: Tensor, weight: Tensor) -> Tensor:
     """[`null_project`] for a step instead of a gradient, equation (2): `D0 - P G (G'PG)^+ G'D0`, P = 1 / weight."""
     root = weight.sqrt()
-    return _remove(root * step, orthonormal(covectors / root[:, None])) / root
+    return _remove(root * step, orthonormal(covectors, 1 / root)) / root
 
 
 def best_invariant_step(forget: Tensor, covectors: Tensor, metric: Tensor, radius: float) -> Tensor:
@@ -168,8 +183,8 @@ def best_invariant_step(forget: Tensor, covectors: Tensor, metric: Tensor, radiu
     min g_f'D s.t. G'D = 0, ||D||_{1/P} <= radius; zero where the forget gradient lies in the span of the covectors.
     """
     projected = null_project(forget, covectors, metric)
-    norm = projected.step_norm
-    return -radius * metric * projected.grad / norm if norm > 0 else torch.zeros_like(forget)
+    length = projected.step_norm
+    return -radius * metric * projected.grad / length if length > 0 else torch.zeros_like(forget)
 
 
 def joint_gradient(projected: Tensor, retain: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor:
@@ -180,13 +195,12 @@ def joint_gradient(projected: Tensor, retain: Tensor, *, gamma: float = 1.0, alp
 def _remove(z: Tensor, basis: Tensor) -> Tensor:
     """`z - Q Q'z`, twice, in float64 sums."""
     for _ in range(2):
-        if basis.shape[1]:
-            z = (z.double() - basis.double() @ inner(basis, z[:, None])[:, 0]).to(z.dtype)
+        z = minus(z, basis, inner(basis, z[:, None])[:, 0])
     return z
 
 
 def _projected(grad: Tensor, z: Tensor, result: Tensor, basis: Tensor) -> Projected:
-    whole, rest = z.double().norm(), result.double().norm()
+    whole, rest = norm(z), norm(result)
     along = inner(basis, z[:, None])[:, 0].norm()
     left = inner(basis, result[:, None])[:, 0].abs().max() if basis.shape[1] else whole.new_zeros(())
     tiny = torch.finfo(torch.float64).tiny
