@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from trl_trust.unlearn import GUConfig, GUTrainer, load_unlearning
 from trl_trust.unlearn.data import ForgetRetainDataset, PairCollator
+from trl_trust.unlearn.gu import Epochs
 from trl_trust.unlearn.losses import FORGET_LOSSES, answer_logps, nll_loss
 from trl_trust.unlearn.offline import knowledge
 
@@ -65,6 +66,7 @@ def test_off_is_the_plain_procedure_to_the_bit(knowing, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(knowing)
     plain = Plain(model, trainer.args, PairCollator(tokenizer), load_unlearning("facts").train)
     plain.model_accepts_loss_kwargs = False
+    plain.add_callback(Epochs(plain.train_dataset))
     plain.train()
     assert torch.equal(weights(trainer), weights(plain))
     assert (weights(plain) - parameters_to_vector(build(knowing, tmp_path).model.parameters())).abs().max() > 1e-4

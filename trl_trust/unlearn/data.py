@@ -35,7 +35,8 @@ class ForgetRetainDataset(TorchDataset):
     """Pairs of a row to forget and a row to keep.
 
     The anchor's rows come in order; the partner of row i is a function of (seed, epoch, i) alone, so that a resumed
-    run and every layout of processes see the same pairs.
+    run and every layout of processes see the same pairs. The trainer sets `epoch`. There is no `set_epoch`, since the
+    loader with which a run is resumed within an epoch calls it with 0 (accelerate 1.15, `skip_first_batches`).
 
     Args:
         forget, retain: rows with `text`, or with `question` and `answer`.
@@ -59,10 +60,6 @@ class ForgetRetainDataset(TorchDataset):
                 f"{len(both)} rows are both to be forgotten and to be retained, such as {min(both)[:60]!r}; "
                 "take them out of one split"
             )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the partners of this epoch; the trainer's data loader calls it."""
-        self.epoch = int(epoch)
 
     def __len__(self) -> int:
         return len(self.forget if self.anchor == "forget" else self.retain)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..settings import BelowOne, Count, NonNegative, Number, Positive, Settings, Whole, check, setting
@@ -207,6 +207,7 @@ class GUTrainer(GuardedSteps, Trainer):
             raise ValueError("GU does not run under DeepSpeed or FSDP, which shard the gradients; use plain DDP")
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
+        self.add_callback(Epochs(train_dataset))
         self.chosen = [p for _, p in chosen]
         ids = {id(p) for p in self.chosen}
         self.others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
@@ -549,6 +550,16 @@ class GUTrainer(GuardedSteps, Trainer):
             if rank:
                 self._covectors[1 + place % rank] = column
             self.pushed = place + 1
+
+
+class Epochs(TrainerCallback):
+    """Tells the pairs which epoch it is."""
+
+    def __init__(self, pairs: ForgetRetainDataset):
+        self.pairs = pairs
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.pairs.epoch = int(state.epoch)  # a fraction where a run is resumed within an epoch
 
 
 class _Reference:
