@@ -179,11 +179,11 @@ def embed_prompt(prompt: str) -> tuple[Tensor, Tensor]:
 
 
 def draw_shapes(prompt: str, generator: torch.Generator) -> Tensor:
-    """(3, 16, 16) in [0, 1]: discs of one color on black, in one half, that do not touch."""
+    """(3, 16, 16) in [0, 1]: discs of one color on black, in one half, at even rows and columns, that do not touch."""
     count, color, place = read_prompt(prompt)
     corners: list[tuple[int, int]] = []
     while len(corners) < count:
-        top, left = torch.randint(0, SIDE - 3, (2,), generator=generator).tolist()
+        top, left = (2 * torch.randint(0, SIDE // 2 - 1, (2,), generator=generator)).tolist()
         half = SIDE // 2 - 4  # a disc lies in one half as a whole
         inside = {"left": left <= half, "right": left >= SIDE // 2, "top": top <= half, "bottom": top >= SIDE // 2}
         free = all(abs(top - t) > 4 or abs(left - x) > 4 for t, x in corners)
@@ -258,7 +258,7 @@ def shape_distance(samples: Tensor) -> Tensor:
     """(n,) root mean square from a picture to the picture of perfect discs where its objects are; 0 on the data."""
     perfect = []
     for objects in find_objects(samples):
-        corner = lambda x: min(max(round(x - 1.5), 0), SIDE - 4)
+        corner = lambda x: min(max(2 * round((x - 1.5) / 2), 0), SIDE - 4)
         perfect.append(stamp([(corner(row), corner(column), color) for row, column, color in objects]))
     return (samples - torch.stack(perfect)).square().mean((1, 2, 3)).sqrt()
 

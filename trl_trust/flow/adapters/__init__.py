@@ -407,7 +407,9 @@ class HunyuanVideo15Adapter(FlowAdapter):
     def decode(self, latents):
         if self.vae is None:
             return latents
-        return _decode_video(self, latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor)
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        # one by one: the mask in the attention of diffusers 0.42.1's VAE fits a single video
+        return torch.cat([_decode_video(self, one) for one in latents.split(1)])
 
 
 class LTXAdapter(FlowAdapter):

@@ -36,7 +36,7 @@ def tiny_t5(umt5: bool = False):
     return model(config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
 
 
-def tiny_clip(projection: bool = True):
+def tiny_clip(projection: bool = True, length: int = 16):
     """A CLIP text model of width 16."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -47,7 +47,7 @@ def tiny_clip(projection: bool = True):
         num_hidden_layers=2,
         num_attention_heads=2,
         projection_dim=16,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         bos_token_id=1,
         eos_token_id=1,
         pad_token_id=0,
