@@ -215,7 +215,7 @@ def test_a_fraction_of_the_steps():
     trainer.train()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_reward_rises_from_a_pipeline_object(seed):
     data = PROMPTS.select([0, 1])
     trainer = build(
