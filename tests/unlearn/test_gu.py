@@ -225,7 +225,7 @@ def test_resume_repeats_the_uninterrupted_run(knowing, tmp_path):
     for rank, kept in ((2, 2), (6, 3), (0, 0)):
         other = build(knowing, tmp_path / "b", gu_rank=rank)
         other._take_up(str(checkpoint / "gu_history.safetensors"))
-        assert other.history.shape[0] == kept and (other.history.norm(dim=1) - 1).abs().sum() < 1e-5
+        assert other.history.shape[0] == kept and (other.history.norm(dim=1) - 1).abs().sum() < 1e-3
     os.remove(checkpoint / "gu_history.safetensors")
     with pytest.raises(ValueError, match="holds no gu_history"):
         again.train(resume_from_checkpoint=str(checkpoint))
