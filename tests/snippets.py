@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import transformers
+import trl.rewards
 from datasets import Dataset
 from tiny import save_tiny_model
 from transformers import AutoTokenizer
@@ -33,7 +34,6 @@ SMALL = {
     "num_generations": 2,
     "num_prompts": 4,
     "max_completion_length": 8,
-    "max_length": 64,
     "rmu_layer": 1,
 }
 
@@ -79,7 +79,13 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(config, "__post_init__", small_first(config.__post_init__))
     for module in (datasets, trl_trust.unlearn.data):
         monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr(trl.rewards, "accuracy_reward", some_reward)
     monkeypatch.setattr(transformers.trainer_callback.PrinterCallback, "on_log", lambda *args, **kwargs: None)
+
+
+def some_reward(completions, **kwargs):
+    """In the place of TRL's `accuracy_reward`, which an untrained model does not earn: half of the responses do."""
+    return [float(i % 2) for i in range(len(completions))]
 
 
 def small_first(post_init):

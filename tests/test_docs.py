@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from snippets import run_code, shrink, tiny_model
 from trl import GRPOTrainer
 
 import trl_trust
@@ -121,3 +122,86 @@ def test_links_of_the_docs_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# -- code, commands and errors of the pages -------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Pages whose Python cannot run here, and why; their keywords are checked instead.
+NOT_RUN = {"sage.md": "a pipeline of 1.3 billion parameters"}
+
+
+def blocks(page, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page in their order, in one namespace."""
+    if page.name in NOT_RUN:
+        for block in blocks(page, "python"):
+            check_keywords(block)
+        return
+    shrink(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    model, namespace = tiny_model(tmp_path / "model"), {"__name__": "page"}
+    for block in blocks(page, "python"):
+        run_code(block, model, namespace)
+
+
+def check_keywords(source: str) -> None:
+    """Every keyword given to a name of this package is one that it has."""
+    tree, names = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("trl_trust"):
+            names |= {
+                alias.asname or alias.name: getattr(import_module(node.module), alias.name) for alias in node.names
+            }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            known = inspect.signature(names[node.func.id]).parameters
+            assert {keyword.arg for keyword in node.keywords} <= set(known), ast.unparse(node)
+
+
+def test_keywords_are_checked():
+    check_keywords("from trl_trust import DISPOConfig\nDISPOConfig(output_dir='x', epsilon_pos_low=0.1)")
+    with pytest.raises(AssertionError, match="epsilon_pos_lo="):
+        check_keywords("from trl_trust import DISPOConfig\nDISPOConfig(epsilon_pos_lo=0.1)")
+
+
+def test_commands_and_recipes_of_the_pages_exist():
+    commands = {
+        *(m.name for m in (*METHODS, *ASYNCHRONOUS)),
+        *(tool.command for tool in TOOLS),
+        *cli.TRL_SCRIPTS,
+        *cli.TRL_COMMANDS,
+    }
+    commands |= {*cli.SHOW, *cli.COMMANDS, "grpo", "rollouts", "METHOD", "--version"}
+    seen = set()
+    for page in [*PAGES, *(ROOT / "examples").rglob("*.md")]:
+        text = page.read_text()
+        for code in [*re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S), *re.findall(r"`([^`\n]+)`", text)]:
+            for word, rest in re.findall(r"(?:^|&& |-m )trl[-_]trust +([\w.-]+)([^\n#]*)", code, re.M):
+                seen.add(word)
+                assert word in commands, f"{page.name}: trl-trust {word}"
+                for name in re.findall(r"--config +([\w.-]+/[\w.-]+)", rest):
+                    local = (page.parent / name).exists() or name.endswith(".yaml")
+                    assert local or name in cli.recipes(), f"{page.name}: {name}"
+    assert {"dispo", "grpo", "plot", "quickstart"} <= seen
+
+
+def test_errors_that_troubleshooting_quotes_are_ours():
+    source = " ".join(path.read_text() for path in (ROOT / "trl_trust").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # one text over several lines
+    quoted = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    assert len(quoted) > 15
+    assert [text for text in quoted if text not in source] == []
+
+
+def test_the_index_lists_every_page():
+    """Those of methods and tools are in the README's tables."""
+    index = (ROOT / "docs" / "README.md").read_text()
+    of_rows = {f"{row.page}.md" for row in (*METHODS, *TOOLS)} | {"README.md"}
+    pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in of_rows]
+    assert [name for name in pages if f"({name}" not in index] == []
