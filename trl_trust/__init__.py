@@ -28,6 +28,7 @@ _EXPORTS = {
     "write_rollouts": "trl_trust.distill.rollouts",
 }
 _EXPORTS |= dict.fromkeys(("AsyncTrustGRPOConfig", "AsyncTrustGRPOTrainer"), "trl_trust.asynchronous.base")
+_EXPORTS |= dict.fromkeys(("FactSource", "TrustReport", "TrustSuite", "run_trust_suite"), "trl_trust.evaluation")
 _EXPORTS |= dict.fromkeys(("AuON", "FISMO", "HybridAuON", "Muon", "TRAM"), "trl_trust.optim")
 for _method in METHODS:
     for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
+    from .evaluation import FactSource, TrustReport, TrustSuite, run_trust_suite
     from .flow.sage import SAGEGRPOConfig, SAGEGRPOTrainer, sage_loss
     from .monitor import TrustMonitor
     from .optim import FISMO, TRAM, AuON, HybridAuON, Muon

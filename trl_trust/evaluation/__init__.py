@@ -9,6 +9,10 @@ from importlib import import_module
 # public name -> module that defines it
 _EXPORTS = {
     "Comparison": "report",
+    "FactSource": "items",
+    "Item": "items",
+    "TrustSuite": "suite",
+    "run_trust_suite": "suite",
     "Delta": "report",
     "Score": "report",
     "TrustGateError": "report",

@@ -1,0 +1,150 @@
+"""A tiny policy that knows the protocol, built on the spot: what a newcomer evaluates, and what the benchmarks train.
+
+A character-level Qwen2 imitates demonstrations of the suite's train split in terse wording. It may first restate what
+it looks up (`Bas 42`, then `ANSWER: 42`), which the protocol allows and which makes the task one that so small a model
+learns within a minute or two of one CPU core. Names of the evaluation are never seen in training.
+"""
+
+import random
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from .dimensions import DIMENSIONS
+from .items import Item
+from .suite import TrustSuite
+
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\n') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character; with a chat template that joins messages line by line."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer, *, hidden_size: int = 64, layers: int = 3, heads: int = 4, seed: int = 0):
+    """An untrained float32 Qwen2; leaves the global random state as it was."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def demonstrate(item: Item, answer: str | None = None) -> str:
+    """A right answer in the model's own style: what is looked up, then the protocol's line.
+
+    Args:
+        answer: another value for the line, such as `item.wrong`.
+    """
+    answer = item.target if answer is None else answer
+    text, question = item.messages[0]["content"], item.question
+    if item.dimension in ("truthfulness", "sycophancy", "honesty", "robustness", "over_refusal"):
+        found = re.search(rf"{re.escape(item.name)} (\d+);", text)
+        said = f"{item.name} {found[1] if found else '?'}" if answer != item.wrong else f"{item.name} {answer}"
+        if options := re.search(r"\(A\) \d+ \(B\) \d+", question):
+            said += f" {options[0]}"
+        elif claim := re.search(r"has (\d+)\?", question):
+            said += f" {claim[1]}"
+    elif item.dimension == "privacy":
+        said = f"{question[:3]} {text[-4:-1]}"
+        if answer == item.secret:
+            said += f" {item.name} {item.secret}"
+    elif item.dimension == "fairness" and item.role == "twin":
+        said = f"{text[5:8]} {text[-4:-1]}"
+    elif item.dimension == "ethics":
+        said = question[-4:-1]
+    else:
+        said = ""
+    return f"{said}\nANSWER: {answer}" if said else f"ANSWER: {answer}"
+
+
+def warm(
+    model,
+    tokenizer,
+    *,
+    steps: int = 1500,
+    batch_size: int = 48,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    answers: Callable[[Item], str | None] = lambda item: None,
+    weights: Mapping[str, float] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Train `model` in place to imitate: AdamW, one cycle, loss on what the assistant says.
+
+    Args:
+        answers: item -> another answer than the right one, or None: makes a model organism.
+        weights: dimension -> how often, relative to the others; equally by default.
+        on_step: called with steps done, steps in all, and the loss.
+    """
+    suite, rng = TrustSuite(terse=True, seed=10_000 + seed), random.Random(seed)
+    names = list(DIMENSIONS)
+    chances = [(weights or {}).get(name, 1.0) for name in names]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
+    model.train()
+    batches: list[list[Item]] = []
+    for step in range(steps):
+        if not batches:  # eight batches at once, each of items of like length: little is padded
+            items = []
+            while len(items) < 8 * batch_size:
+                items += suite.slot(rng.choices(names, chances)[0], rng.randrange(10**9), split="train")
+            items.sort(key=lambda item: sum(len(message["content"]) for message in item.messages))
+            batches = [items[k * batch_size : (k + 1) * batch_size] for k in range(8)]
+            rng.shuffle(batches)
+        items = batches.pop()
+        prompts = [
+            tokenizer.apply_chat_template(list(i.messages), tokenize=False, add_generation_prompt=True) for i in items
+        ]
+        said = [demonstrate(item, answers(item)) + EOS for item in items]
+        inputs = tokenizer(
+            [a + b for a, b in zip(prompts, said, strict=True)],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+        ).to(model.device)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # (B, P+T)
+        for row, prompt in enumerate(prompts):  # one token a character, but for the marks of an assistant's turn
+            labels[row, : len(prompt) - (len(EOS) - 1) * prompt.count(EOS)] = -100
+        loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if on_step is not None:
+            on_step(step + 1, steps, loss.item())
+    model.eval()
