@@ -1,6 +1,8 @@
 """`trl-trust sage`: every recipe of the method is read, and run on a tiny pipeline; and what it refuses."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +134,32 @@ def test_pipelines_are_loaded_in_the_types_asked_for(tmp_path):
     assert (
         loaded.transformer.dtype == loaded.text_encoder.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float32
     )
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    """With a tiny Wan in the place of the real one, brightness in that of CLIP, and small settings."""
+    import diffusers
+    from datasets import Dataset
+
+    import trl_trust.flow.rewards as rewards
+    from trl_trust.flow import SAGEGRPOConfig, brightness_reward
+    from trl_trust.flow.adapters.tiny import tiny_wan_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    page = Path(cli.__file__).parent.parent / "docs" / "sage.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda *args, **kwargs: tiny_wan_pipeline())
+    for name in ("clip_score_reward", "pick_score_reward"):
+        monkeypatch.setattr(rewards, name, lambda: brightness_reward)
+    small = {
+        name: SMALL[name] for name in ("use_cpu", "bf16", "report_to", "height", "width", "num_frames", "max_steps")
+    }
+    whole = SAGEGRPOConfig.__init__
+    monkeypatch.setattr(
+        SAGEGRPOConfig, "__init__", lambda self, **own: whole(self, **own, **small, num_inference_steps=3)
+    )
+    prompts = Dataset.from_list([{"prompt": "a red ball"}, {"prompt": "a blue cat"}])
+    names = {"prompts": prompts}
+    exec(compile(code, str(page), "exec"), names)
+    assert names["trainer"].state.global_step == 3
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

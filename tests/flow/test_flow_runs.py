@@ -13,7 +13,7 @@ import torch
 import two_processes
 import yaml
 from datasets import Dataset
-from test_trainer import PROMPTS, assert_equal, build, config, micro_batches, parameters, redness
+from test_flow_trainer import PROMPTS, assert_equal, build, config, micro_batches, parameters, redness
 
 from trl_trust import cli
 from trl_trust.flow import SAGEGRPOTrainer
@@ -121,7 +121,7 @@ def deadly_reward(samples, prompts, **columns):
 def test_a_killed_run_goes_on_from_the_command_line():
     recipe = {
         "model_name_or_path": "tiny-sd3", "prompts": ["a red ball", "a blue cat"], "height": 16, "width": 16,
-        "reward_funcs": ["test_runs.deadly_reward"], "num_inference_steps": 4, "num_generations": 4,
+        "reward_funcs": ["test_flow_runs.deadly_reward"], "num_inference_steps": 4, "num_generations": 4,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_steps": 12,
         "save_steps": 4, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "output_dir": "out",
