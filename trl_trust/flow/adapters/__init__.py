@@ -1,7 +1,7 @@
 """What differs between flow transformers: how they are called, how prompts become embeddings, latents pictures.
 
 Written against diffusers 0.42; this folder alone names diffusers, and imports it only when a model is at hand. Each
-adapter's velocity equals what the class's own pipeline computes in its denoising loop (tests/flow/test_flow_adapters.py).
+adapter's velocity equals what the pipeline of its class computes (tests/flow/test_flow_adapters.py).
 """
 
 from collections.abc import Mapping, Sequence
