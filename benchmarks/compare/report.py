@@ -78,10 +78,10 @@ class Comparison:
         return judge.compare(scores, reference, self.whole) if len(reference) >= self.whole else {}
 
     def rows(self, cell) -> list[tuple[str, list[dict], dict]]:
-        """Entry, its records, its judgement; the best mean score first."""
+        """Entry, its records, its judgement; the best mean score first, entries that are not whole at the end."""
         judged = self.judged(cell)
         runs = {entry: [found[s] for s in sorted(found)] for entry, found in self.runs[cell].items()}
-        order = sorted(runs, key=lambda entry: -mean(r["score"] for r in runs[entry]))
+        order = sorted(runs, key=lambda e: (len(runs[e]) < self.whole, -mean(r["score"] for r in runs[e])))
         return [(entry, runs[entry], judged.get(entry, {})) for entry in order]
 
     def table(self, cell) -> str:
@@ -149,6 +149,8 @@ class Comparison:
 
     def answer(self, name: str, cell) -> str:
         """What a cell says of a hypothesis, or nothing where it is not whole."""
+        from trl_trust.evaluation.stats import sign_test
+
         judged = self.judged(cell)
         said = lambda entry: f"{judged[entry]['mean']:+.3f} {between(judged[entry]['low'], judged[entry]['high'])}"
         if name == "H1":
@@ -158,17 +160,20 @@ class Comparison:
             if not gaps:
                 return ""
             low, high = judge.interval(gaps)
-            held = "holds" if low > 0 else "refuted"
+            held = "holds" if low > 0 else "refuted" if high < 0 else "not shown"
             return f"{held}: final entropy {mean(gaps):+.4f} nats [{low:+.4f}, {high:+.4f}]"
         if name == "H2":
-            counts = {e: [judge.collapsed(r) for r in self.whole_runs(cell, e).values()] for e in ("dispo", "cispo")}
-            if not all(counts.values()):
+            runs = [self.whole_runs(cell, entry) for entry in ("dispo", "cispo")]
+            if not all(runs):
                 return ""
-            k, n = ({e: f(c) for e, c in counts.items()} for f in (sum, len))
-            text = f"DISPO collapses in {k['dispo']} of {n['dispo']}, CISPO in {k['cispo']} of {n['cispo']}"
-            if not any(k.values()):
+            dispo, cispo = ([judge.collapsed(found[s]) for s in sorted(found)] for found in runs)
+            pairs = list(zip(dispo, cispo, strict=True))
+            text = f"DISPO collapses in {sum(dispo)} of {len(dispo)}, CISPO in {sum(cispo)} of {len(cispo)}"
+            p = sign_test(pairs.count((False, True)), pairs.count((True, False)))
+            if not any(dispo + cispo):
                 return f"not tested, nothing collapses: {text}"
-            return f"{'holds' if k['dispo'] < k['cispo'] else 'refuted'}: {text}"
+            held = "refuted" if sum(dispo) >= sum(cispo) else "holds" if p <= judge.ALPHA else "not shown"
+            return f"{held}: {text}, sign test p {p:.3f}"
         if name == "H4":
             scores = [mean(r["score"] for r in self.whole_runs(cell, e).values()) for e in ("grpo", "dhpo", "gspo")]
             if not all(map(math.isfinite, scores)):
@@ -180,7 +185,8 @@ class Comparison:
         if "verdict" not in judged.get(entry, {}):
             return ""
         verdict = judged[entry]["verdict"]
-        return f"{'holds' if verdict == wanted else 'refuted'}: {entry} is {verdict}, {said(entry)}"
+        held = "holds" if verdict == wanted else "not shown" if verdict == "undecided" else "refuted"
+        return f"{held}: {entries()[entry].title} is {verdict}, {said(entry)}"
 
     def hypotheses(self) -> str:
         rows = []

@@ -134,11 +134,12 @@ def test_the_table_changes_with_the_records(tmp_path):
             write(tmp_path, job, made(job, score + start / 100 + (0.001 * start if entry == "dppo" else 0)))
     comparison = report.Comparison(read(tmp_path))
     cell = ("addition", "reuse", 1e-4)
-    assert [entry for entry, _, _ in comparison.rows(cell)] == ["gspo", "dapo", "dppo"]
+    assert [entry for entry, _, _ in comparison.rows(cell)] == ["dapo", "dppo", "gspo"]  # not whole: last
     table = comparison.table(cell)
     assert "**worse**" in table
     assert "not judged, 11 runs" in table
     assert comparison.answer("H6", cell) == ""
+    assert report.Comparison(read(tmp_path), whole=13).judged(cell) == {}  # the reference is not whole
     page = "a\n<!-- addition reuse 0.0001: made by benchmarks/compare/report.py -->\nold\n<!-- end -->\nb\n"
     filled = report.fill(page, comparison.blocks())
     assert "old" not in filled
