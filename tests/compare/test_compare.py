@@ -1,10 +1,13 @@
 """The comparison: records, plan, entries, tables; the runs themselves are `run.py --smoke`."""
 
 import json
+import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -164,3 +167,33 @@ def test_a_run_is_watched_and_repeats_itself():
     json.dumps(first, allow_nan=False)
     with pytest.raises(ValueError, match="no field epsilon_lo"):
         work.run_one("addition", "flipped", "dapo", 0, 1e-3, {"epsilon_lo": 1.0}, smoke=True)
+
+
+def test_the_runner_goes_on_after_kill_9_and_reports(tmp_path):
+    """`run.py --smoke` as a user starts it, killed after its first record and started again."""
+    command = [sys.executable, run.__file__, "--smoke", "--output", str(tmp_path)]
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 600
+        while not (found := list(tmp_path.glob("*/*/*/[!.]*.json"))) and time.monotonic() < end:
+            assert runner.poll() is None
+            time.sleep(0.2)
+        assert found
+        workers = psutil.Process(runner.pid).children(recursive=True)
+        assert workers
+    finally:
+        runner.kill()
+        runner.wait()
+    assert psutil.wait_procs(workers, timeout=120)[1] == []  # nobody goes on training for nobody
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*/[!.]*.json")}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    records = read(tmp_path)
+    assert not [r["error"] for r in records if "error" in r]
+    whole = {(r["entry"], r["start"]) for r in records if r["start"] < 100}
+    assert whole == {(entry, start) for entry in ("dapo", "dppo") for start in (0, 1)}
+    assert f"{len(records) - len(before)} runs added; about 0 left" in again.stdout
+    assert any(max(r["curves"]["grad_norm"]) > 0 for r in records)
+    tables = (tmp_path / "tables.md").read_text()
+    assert "the reference" in tables and "DPPO (TV)" in tables
