@@ -25,18 +25,11 @@ from tiny import (
     tiny_trainer,
 )
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Gemma3Config,
-    GPT2Config,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen2VLConfig,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_trust.policy.alp import ALPConfig, ALPTrainer, LayerNoise, _AddNoise, alp_loss, decoder_layers, noise_seed
+from trl_trust.anatomy import decoder_layers
+from trl_trust.policy.alp import ALPConfig, ALPTrainer, LayerNoise, _AddNoise, alp_loss, noise_seed
 from trl_trust.policy.base import grpo_loss
 from trl_trust.quickstart.task import problems
 
@@ -266,43 +259,13 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
-def test_layers_are_found_by_structure(config):
-    model = AutoModelForCausalLM.from_config(config)
-    layers = decoder_layers(model)
-    assert len(layers) == 3
-    assert [type(layer).__name__ for layer in layers] == [type(layers[0]).__name__] * 3
-    assert any(name in type(layers[0]).__name__ for name in ("DecoderLayer", "Block"))
+def test_no_layers_no_noise(tiny_model_path, monkeypatch):
+    def none(model):
+        raise ValueError("Strange has no list of 2 decoder layers")
 
-
-def test_a_smaller_list_of_that_length_is_not_taken_for_the_layers():
-    model = AutoModelForCausalLM.from_config(TOWERS["qwen2"])
-    layers = list(model.model.layers)
-    model.model.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
-    layers[0].experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
-    assert decoder_layers(model) == layers
-
-
-def test_layers_of_the_text_tower():
-    text = dict(SMALL, num_hidden_layers=3)
-    vision = dict(depth=3, embed_dim=64, hidden_size=16, num_heads=2, patch_size=4)  # as deep, and larger
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    config = Qwen2VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision)
-    model = AutoModelForImageTextToText.from_config(config)
-    assert decoder_layers(model) == list(model.model.language_model.layers)
-    gemma = Gemma3Config(
-        text_config={**text, "head_dim": 8},
-        vision_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2),
-    )
-    model = AutoModelForImageTextToText.from_config(gemma)
-    assert decoder_layers(model) == list(model.model.language_model.layers)
-
-
-def test_no_layers_no_noise():
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**SMALL, num_hidden_layers=3))
-    model.config.num_hidden_layers = 5
-    with pytest.raises(ValueError, match="no list of 5 decoder layers.*perturbation_sigma=0"):
-        decoder_layers(model)
+    monkeypatch.setattr("trl_trust.policy.alp.decoder_layers", none)
+    with pytest.raises(ValueError, match="perturbation_sigma=0.01: Strange has no list.*set it to 0"):
+        tiny_trainer(ALPTrainer, tiny_model_path, tiny_config(ALPConfig))
 
 
 def noisy_model(config=TOWERS["qwen2"], sigma=0.1, indices=None, learn=True):

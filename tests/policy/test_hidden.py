@@ -1,13 +1,11 @@
 """Distributions compared through hidden states: the same values and gradients as with the logits held whole."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from trl_trust.policy import hidden as module
-from trl_trust.policy.hidden import HiddenStates, logit_transform
+from trl_trust.policy.hidden import HiddenStates
 
 
 def kl(student, teacher):
@@ -88,17 +86,3 @@ def test_reading_meets_the_states_that_predict_the_last_tokens(tiny_model_path):
     model(ids)  # read by nobody
     (hidden,) = seen
     torch.testing.assert_close(model.lm_head(hidden), logits[:, 4:8])
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, (1.0, None)),
-        ({"logit_scale": None, "final_logit_softcapping": 30.0}, (1.0, 30.0)),
-        ({"logit_scale": 0.5}, (0.5, None)),
-        ({"logits_scaling": 4.0}, (0.25, None)),
-        ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, (4.0, None)),
-    ],
-)
-def test_the_transform_of_logits(config, expected):
-    assert logit_transform(SimpleNamespace(**{"model_type": "other", **config})) == expected

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -37,6 +37,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from ..anatomy import causal_lm
 from ..cards import TrustCard, paper
 from ..policy.base import is_number
 from ..policy.telemetry import TrustTelemetry, apart, telemetry
@@ -492,8 +493,7 @@ class FrozenRolloutsTrainer(TrustCard, TrustTelemetry, GKDTrainer):
             **kwargs,
         )
         disable_dropout_in_model(self.model)
-        inner = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_fused_lm_head(inner, temperature=args.temperature, outputs=("log_probs", "entropy"))
+        add_fused_lm_head(causal_lm(self.model), temperature=args.temperature, outputs=("log_probs", "entropy"))
         self.add_callback(SaveAtAnchors(self))
 
         # `base` is the policy before its first update: with a new adapter, the model without it

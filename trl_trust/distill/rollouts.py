@@ -26,7 +26,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -35,6 +34,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_callable_name, get_config_model_id
 
+from ..anatomy import causal_lm
 from .common import as_mapping, check_token_ids, finished, load_tokenizer
 
 
@@ -179,7 +179,7 @@ def collate_rollouts(rows: Sequence[Mapping[str, Any]], pad_to_multiple_of: int 
 @contextmanager
 def fused_head(model: PreTrainedModel, temperature: float) -> Iterator[None]:
     """Within it, `model(..., labels=..., fused_lm_head=True)` gives log-probabilities and never holds the logits."""
-    inner = model.get_base_model() if is_peft_model(model) else model
+    inner = causal_lm(model)
     before = inner.__dict__.get("forward")  # another fused head, or autocast
     add_fused_lm_head(inner, temperature=temperature)
     try:

@@ -6,14 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..anatomy import embeddings
 from .compressors import rtn
 
 
 def target_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that compression means: no head, no embedding, nothing that shares its weight."""
-    heads = [
-        get() for name in ("get_output_embeddings", "get_input_embeddings") if (get := getattr(model, name, None))
-    ]
+    tables = embeddings(model)
     seen: dict[int, int] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -22,7 +21,7 @@ def target_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in heads and seen[id(module.weight)] == 1
+        if isinstance(module, nn.Linear) and module not in tables and seen[id(module.weight)] == 1
     }
 
 

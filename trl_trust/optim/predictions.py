@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from ..anatomy import backbone, causal_lm, logit_transform, output_head, whole
 
 
 def kl_rows(anchor_logits: Tensor, logits: Tensor, divergence: str = "forward") -> Tensor:
@@ -79,8 +80,8 @@ class Probe:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # below PEFT
-        self.backbone = getattr(self.lm, "base_model", self.lm)
+        self.lm = causal_lm(model)
+        self.backbone = backbone(model) or self.lm
         self.device_type = next(model.parameters()).device.type
         config = getattr(self.lm, "config", None)
         generates = hasattr(self.lm, "can_generate") and self.lm.can_generate()
@@ -240,30 +241,18 @@ class Probe:
                     "distance would always be 0; use tram_variant='fisher', which measures none"
                 )
             return lambda logits: logits
-        head = None if call.hidden is None else self.lm.get_output_embeddings()
+        head = None if call.hidden is None else output_head(self.lm)
         if head is None:
             raise ValueError(
                 f"TRAM cannot read the predictions of {name}: its forward returns no `logits`, and it has no backbone "
                 "with a `last_hidden_state` and a head; use tram_variant='fisher', which needs neither"
             )
         values = {name: stored.get(p, p) for name, p in head.named_parameters()}
-        values = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
-        scale, cap = _logit_scale_and_cap(self.lm.config.get_text_config())
+        values = {name: whole(v) for name, v in values.items()}
+        scale, cap = logit_transform(self.lm.config.get_text_config())
 
         def project(hidden):
             logits = torch.func.functional_call(head, values, (hidden,)) * scale
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
         return project
-
-
-def _logit_scale_and_cap(config) -> tuple[float, float | None]:
-    """What a model family does to its logits after the head, by its names in the configuration (transformers 5.23)."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name), cap
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0, cap
-    return (divisor if config.model_type == "hyperclovax" else 1 / divisor), cap

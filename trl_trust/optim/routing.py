@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..anatomy import backbone, embeddings
+
 
 FLATTENED = (
     "DeepSpeed ZeRO 1-3 and FSDP1 hand flat pieces to the optimizer, from which no matrix can be recovered; "
@@ -87,27 +89,10 @@ def _require_pattern(field: str, pattern: str | None) -> None:
         raise ValueError(f"{field}={pattern!r} must be a regular expression, as 'q_proj|k_proj' ({error})") from None
 
 
-def _called(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError, TypeError):  # not a transformers model, or one without that layer
-        return None
-
-
 def _embedding_ids(model: nn.Module) -> set[int]:
     """Ids of the weights that look tokens up or score them. By identity, so that a tied head is found too."""
     tables = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    tables += [_called(model, "get_input_embeddings"), _called(model, "get_output_embeddings")]
-    return {id(table.weight) for table in tables if getattr(table, "weight", None) is not None}
-
-
-def _backbone_ids(model: nn.Module) -> set[int] | None:
-    """Ids of the modules of the backbone, or `None` where the model has no head outside of it."""
-    inner = _called(model, "get_base_model") or model  # PEFT's wrapper calls something else its base_model
-    backbone = getattr(inner, "base_model", None)
-    if not isinstance(backbone, nn.Module) or backbone is inner:
-        return None
-    return {id(module) for module in backbone.modules()}
+    return {id(table.weight) for table in tables + embeddings(model) if getattr(table, "weight", None) is not None}
 
 
 def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -169,7 +154,8 @@ def route(
         *(("split_sizes", pattern) for pattern in splits),
     ):
         _require_pattern(field, pattern)
-    embeddings, backbone = _embedding_ids(model), _backbone_ids(model)
+    tables, body = _embedding_ids(model), backbone(model)
+    body = None if body is None else {id(module) for module in body.modules()}
     unused = {pattern for pattern in (matrix_pattern, adamw_pattern, *splits) if pattern is not None}
     routes: list[Route] = []
     seen: set[int] = set()
@@ -199,9 +185,9 @@ def route(
                 )
             if to_matrix or to_adamw:
                 rule, reason = ("matrix", "matrix_pattern") if to_matrix else ("adamw", "adamw_pattern")
-            elif id(parameter) in embeddings:
+            elif id(parameter) in tables:
                 rule, reason = "adamw", "embedding or head"
-            elif backbone is not None and id(module) not in backbone:
+            elif body is not None and id(module) not in body:
                 rule, reason = "adamw", "outside the backbone"
             else:
                 rule, reason = _default_rule(model, path, module, leaf, parameter)

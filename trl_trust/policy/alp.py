@@ -21,6 +21,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
+from ..anatomy import decoder_layers
 from .base import (
     LOG_RATIO_LIMIT,
     PolicyBatch,
@@ -104,26 +105,6 @@ def alp_loss(
 # --------------------------------------------------------------------------------------------------------------------
 # Noise
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a causal language model, PEFT or not, in order; of a multimodal one, its text tower's.
-
-    They are found by structure: of the lists of modules that are as long as the config's `num_hidden_layers`, it is
-    the one with the most parameters.
-
-    Raises:
-        ValueError: if there is no such list.
-    """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    depth = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in causal_lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not stacks:
-        raise ValueError(
-            f"{type(causal_lm).__name__} has no list of {depth} decoder layers (num_hidden_layers) to perturb: set "
-            f"perturbation_sigma=0 to train without noise."
-        )
-    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
 
 
 def noise_seed(*key: int) -> int:
@@ -357,7 +338,12 @@ class ALPTrainer(TrustGRPOTrainer):
         self._micro_step = 0  # of the optimizer step
         self._warned = False
         if args.perturbation_sigma > 0:
-            layers = decoder_layers(self.model)
+            try:
+                layers = decoder_layers(self.model)
+            except ValueError as error:
+                raise ValueError(
+                    f"perturbation_sigma={args.perturbation_sigma!r}: {error}; set it to 0 to train without noise."
+                ) from error
             indices = range(len(layers)) if args.perturbation_layers is None else args.perturbation_layers
             within = [index % len(layers) for index in indices if -len(layers) <= index < len(layers)]
             args._require(

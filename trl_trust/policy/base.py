@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -37,6 +36,7 @@ from trl.trainer.utils import (  # module-level helpers of TRL 1.16: how it load
     unsplit_pixel_values_by_grid,
 )
 
+from ..anatomy import causal_lm
 from ..cards import TrustCard, paper
 from .checkpoint import METHOD_STATE_FILE, KeptState
 from .config import AGGREGATIONS, TrustGRPOConfig, is_number
@@ -504,7 +504,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             model = create_model_from_path(model, **init_kwargs)
         model.requires_grad_(False).eval()
         add_fused_lm_head(
-            model.get_base_model() if is_peft_model(model) else model,
+            causal_lm(model),
             temperature=self.temperature if temperature is None else temperature,
             cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
         )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ..anatomy import backbone, causal_lm, logit_transform, whole
+
 
 BLOCK = 2**25  # logits held at once: 128 MB in float32
 
@@ -28,12 +30,11 @@ class HiddenStates:
     """
 
     def __init__(self, model: nn.Module, temperature: float = 1.0, fp32_head: bool = False):
-        # PEFT puts the adapters inside the model that it wraps, which keeps backbone and head where they were
-        self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal_lm = causal_lm(model)
         self.temperature, self.fp32_head = temperature, fp32_head
         self.scale, self.softcap = logit_transform(self.causal_lm.config.get_text_config())
         self._read: Callable[[Tensor], None] | None = None
-        self.causal_lm.base_model.register_forward_hook(self._hook)
+        (backbone(model) or self.causal_lm).register_forward_hook(self._hook)
 
     def _hook(self, module, args, output) -> None:
         if self._read is not None:
@@ -72,27 +73,6 @@ class HiddenStates:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
-
-
-def whole(x: Tensor | None) -> Tensor | None:
-    """A tensor that FSDP2 has sharded (DTensor) gathered; anything else as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def logit_transform(config) -> tuple[float, float | None]:
-    """(scale, softcap) of a model's logits, `softcap tanh(scale h W^T / softcap)`, from its text config.
-
-    The names are those that TRL 1.16 reads for its fused head: logits are multiplied by the first three, divided by
-    `logits_scaling` (save in HyperCLOVA X, which multiplies by it).
-    """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None) or 1.0
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 class _BlockwiseDivergence(torch.autograd.Function):
