@@ -17,11 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import judge
-from records import FIRST_TUNING_START, RESULTS, STARTS, read
+from records import FIRST_TUNING_START, RESULTS, STARTS, read, tuned_rate, tuning_scores
 from work import entries, regimes
 
 
 REFERENCE = "dapo"
+OWN = "own"  # in place of a rate: the one that tuning chose for each entry
 PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
 # Of the committed page: a marker and what stands between it and its end
 BLOCK = re.compile(
@@ -56,20 +57,39 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def title(cell) -> str:
+    task, regime, rate = cell
+    return f"{task}, {regime}: " + (
+        "each entry at its own best rate" if rate == OWN else f"learning rate {rate:g} for all"
+    )
+
+
+def name_of(cell) -> str:
+    """The cell's marker on the page: `addition reuse 0.0001`."""
+    return " ".join(part if isinstance(part, str) else f"{part:g}" for part in cell)
+
+
 class Comparison:
-    """The records, sorted: runs[task, regime, rate][entry][start]; tuning starts are left out."""
+    """The records, sorted: runs[task, regime, rate][entry][start]; the rate may be `OWN`."""
 
     def __init__(self, records: list[dict], whole: int = len(STARTS)):
         self.whole = whole
+        self.records = [r for r in records if not r["overrides"]]
         self.runs = {}
-        for r in records:
-            if r["start"] < FIRST_TUNING_START and not r["overrides"]:
+        for r in self.records:
+            if r["start"] < FIRST_TUNING_START:
                 cell = self.runs.setdefault((r["task"], r["regime"], r["learning_rate"]), {})
                 cell.setdefault(r["entry"], {})[r["start"]] = r
+        for (task, regime, entry), scores in tuning_scores(self.records).items():
+            rate, beyond = tuned_rate(scores)
+            runs = self.runs.get((task, regime, rate), {}).get(entry)
+            if runs and (beyond is None or beyond in scores):
+                self.runs.setdefault((task, regime, OWN), {})[entry] = runs
 
-    def cells(self) -> list[tuple[str, str, float]]:
+    def cells(self) -> list[tuple[str, str, float | str]]:
         order = list(regimes())
-        return sorted(self.runs, key=lambda cell: (cell[0], order.index(cell[1]), cell[2]))
+        rate = lambda value: (value == OWN, 0 if value == OWN else value)
+        return sorted(self.runs, key=lambda cell: (cell[0], order.index(cell[1]), rate(cell[2])))
 
     def judged(self, cell) -> dict[str, dict]:
         """What [`judge.compare`] says in a cell; nothing while the reference is not whole there."""
@@ -88,8 +108,8 @@ class Comparison:
         """One row an entry: score, difference to the reference and its judgement, and what training ended in."""
         from trl_trust.evaluation.stats import wilson
 
-        head = ["entry", "n", "score", "minus the reference", "97.5 %", "p (Holm)", "verdict", "collapsed", "to .5"]
-        head += ["pass@8", "worst drop", "entropy", "KL to start"]
+        head = ["entry", *(["rate"] if cell[2] == OWN else []), "n", "score", "minus the reference", "97.5 %"]
+        head += ["p (Holm)", "verdict", "collapsed", "to .5", "pass@8", "worst drop", "entropy", "KL to start"]
         rows = []
         for entry, records, row in self.rows(cell):
             k, n = sum(map(judge.collapsed, records)), len(records)
@@ -97,7 +117,8 @@ class Comparison:
             last = [r["checkpoints"][-1] for r in records if r["checkpoints"]]
             soon = judge.generations_to_target(records)
             verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} runs")
-            cells = [entries()[entry].title, str(n), number(mean(r["score"] for r in records))]
+            rates = [f"{records[0]['learning_rate']:g}"] if cell[2] == OWN else []
+            cells = [entries()[entry].title, *rates, str(n), number(mean(r["score"] for r in records))]
             if "mean" in row:
                 cells += [number(row["mean"], sign="+"), between(row["low"], row["high"])]
             else:
@@ -125,6 +146,8 @@ class Comparison:
         """Per task and regime: entry -> rate -> mean score, of entries that are whole at two rates or more."""
         found = defaultdict(lambda: defaultdict(dict))
         for task, regime, rate in self.cells():
+            if rate == OWN:
+                continue
             for entry, runs in self.runs[task, regime, rate].items():
                 if len(runs) >= self.whole:
                     found[task, regime][entry][rate] = mean(r["score"] for r in runs.values())
@@ -192,7 +215,7 @@ class Comparison:
         rows = []
         for name, (claim, regime) in HYPOTHESES.items():
             cells = [cell for cell in self.cells() if cell[1] == regime]
-            answers = [f"{cell[0]}, {cell[2]:g}: {said}" for cell in cells if (said := self.answer(name, cell))]
+            answers = [f"{name_of(cell)}: {said}" for cell in cells if (said := self.answer(name, cell))]
             rows.append([name, claim, regime, "; ".join(answers) or "not run"])
         return markdown(["", "claim", "regime", "here"], rows)
 
@@ -200,6 +223,8 @@ class Comparison:
         """Entries without a whole cell in a regime that was begun, and regimes that were not."""
         lines = []
         for task, regime, rate in self.cells():
+            if rate == OWN:
+                continue
             whole = [name for name in entries() if self.whole_runs((task, regime, rate), name)]
             absent = [entry.title for name, entry in entries().items() if name not in whole]
             if absent:
@@ -224,30 +249,24 @@ class Comparison:
             "of ten checkpoints. Differences are paired by start. `to .5`: generations to pass@1 of .5, median.\n"
         )
         for cell in self.cells():
-            task, regime, rate = cell
             n = sum(map(len, self.runs[cell].values()))
-            text.append(f"\n## {task}, {regime}, learning rate {rate:g} for all\n\n")
+            text.append(f"\n## {title(cell)}\n\n")
+            regime = cell[1]
             text.append(f"{regimes()[regime].title[0].upper()}{regimes()[regime].title[1:]}. {n} runs.\n\n")
             text.append(self.table(cell))
         for task, regime, cell in self.windows():
             text.append(f"\n## {task}, {regime}: the window of learning rates\n\n{self.window_table(cell)}")
         text.append(f"\n## Hypotheses\n\n{self.hypotheses()}\n## Not run\n\n{self.not_run()}")
-        seconds = [r["cpu_seconds"] + r["measuring_cpu_seconds"] for c in self.runs.values() for r in self._all(c)]
+        seconds = [r["cpu_seconds"] + r["measuring_cpu_seconds"] for r in self.records]
         if seconds:
             text.append(
                 f"\n{len(seconds)} runs, {sum(seconds) / 3600:.1f} CPU hours, {mean(seconds):.0f} CPU s a run.\n"
             )
         return "".join(text)
 
-    @staticmethod
-    def _all(cell) -> list[dict]:
-        return [record for runs in cell.values() for record in runs.values()]
-
     def blocks(self) -> dict[str, str]:
         """The tables of the page, by the names of its markers."""
-        found = {
-            f"{task} {regime} {rate:g}": self.short_table((task, regime, rate)) for task, regime, rate in self.cells()
-        }
+        found = {name_of(cell): self.short_table(cell) for cell in self.cells()}
         found |= {f"{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
         return found | {"hypotheses": self.hypotheses(), "not run": self.not_run()}
 
@@ -303,7 +322,7 @@ def draw_forest(comparison: Comparison, cell, path: Path) -> Path | None:
         )
     ax.set_yticks(range(len(rows)), [entries()[e].title for e, _ in reversed(rows)])
     ax.set_xlabel(f"score minus the reference's, paired by start, with 97.5 % intervals; margin {judge.MARGIN} shaded")
-    ax.set_title(f"{cell[0]}, {cell[1]}, learning rate {cell[2]:g}", loc="left")
+    ax.set_title(title(cell), loc="left")
     return _save(figure, path)
 
 
@@ -362,7 +381,7 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
     """All pictures, SVG."""
     made = []
     for cell in comparison.cells():
-        stem = f"{cell[0]}-{cell[1]}-{cell[2]:.0e}"
+        stem = name_of(cell).replace(" ", "-")
         made.append(draw_forest(comparison, cell, folder / f"{stem}-forest.svg"))
         made.append(draw_curves(comparison, cell, folder / f"{stem}-curves.svg"))
     for task, regime, cell in comparison.windows():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from records import FIRST_TUNING_START, GRID, RESERVE, RESULTS, STARTS, TUNING, Job, read, tuned_rate, write
+from records import FIRST_TUNING_START, RESERVE, RESULTS, STARTS, TUNING, Job, read, tuned_rate, write
 from work import entries, find, missing_fields, regimes, run_one
 
 
@@ -44,10 +44,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stage",
         nargs="+",
-        choices=["tune", "main", "reserve", "window"],
+        choices=["tune", "main", "reserve"],
         default=["tune", "main"],
-        help="tune: rates on tuning starts; main: the 12 starts at the tuned rate; reserve: the 12 others likewise; "
-        "window: the 12 starts at four rates (default: tune main)",
+        help="tune: rates on tuning starts; main: the 12 starts at the tuned rate; reserve: the 12 others likewise "
+        "(default: tune main)",
     )
     parser.add_argument(
         "--learning-rate",
@@ -125,15 +125,10 @@ class Plan:
                 best, beyond = tuned_rate(rates)
                 if beyond is not None and beyond not in rates:
                     open_rates.append(beyond)
-        window = [Job(*cell, start, rate) for rate in GRID for start in STARTS] if "window" in stages else []
-        window = [job for job in window if job not in self.scores]
-        if jobs and ("tune" in stages or not runs):
-            jobs = jobs if "tune" in stages else []
-            return jobs + window, len(runs)
-        if jobs:  # tuning is missing and not asked for: nothing can be run at a tuned rate
-            return window, len(runs)
+        if jobs:  # tuning is missing: where it is not asked for, nothing can be run
+            return jobs if "tune" in stages else [], len(runs)
         main = [Job(*cell, start, best) for start in runs]
-        return [job for job in main if job not in self.scores] + window, 0
+        return [job for job in main if job not in self.scores], 0
 
 
 def end_with_parent() -> None:

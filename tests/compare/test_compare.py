@@ -85,8 +85,8 @@ def test_stated_rates_tune_nothing_and_fill_one_table_after_the_other(tmp_path):
     jobs = drained(words, tmp_path, lambda job: 0.5)
     assert [job.learning_rate for job in jobs] == [1e-4] * 4 + [1e-3] * 4
     assert {job.start for job in jobs} == {0, 1}
-    window = drained(["--regime", "reuse", "--entry", "dapo", "--stage", "window"], tmp_path, lambda job: 0.5)
-    assert len(window) == len(GRID) * len(STARTS) - 4
+    window = ["--regime", "reuse", "--entry", "dapo", "--learning-rate", *map(str, GRID)]
+    assert len(drained(window, tmp_path, lambda job: 0.5)) == len(GRID) * len(STARTS) - 4
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,23 @@ def test_the_table_changes_with_the_records(tmp_path):
     assert filled.startswith("a\n<!-- addition") and filled.endswith("<!-- end -->\nb\n")
     assert report.main(["--input", str(tmp_path)]) == 0
     assert (tmp_path / "tables.md").read_text() == comparison.markdown()
-    assert (tmp_path / "addition-reuse-1e-04-forest.svg").stat().st_size > 1000
+    assert (tmp_path / "addition-reuse-0.0001-forest.svg").stat().st_size > 1000
+
+
+def test_each_at_its_own_rate(tmp_path):
+    best = {"dapo": 3e-4, "dppo": 1e-3}
+    score = lambda job: 0.6 - abs(job.learning_rate - best[job.entry]) * 100 - job.start / 1000
+    drained(["--regime", "reuse", "--entry", *best], tmp_path, score)
+    comparison = report.Comparison(read(tmp_path))
+    cell = ("addition", "reuse", report.OWN)
+    assert comparison.cells() == [("addition", "reuse", 3e-4), ("addition", "reuse", 1e-3), cell]
+    assert comparison.judged(cell)["dppo"]["mean"] == pytest.approx(0)
+    assert comparison.judged(("addition", "reuse", 1e-3)) == {}  # the reference was not run there
+    text = comparison.markdown()
+    assert "## addition, reuse: each entry at its own best rate" in text
+    assert "| DPPO (TV) | 0.001 | 12 |" in text
+    assert comparison.windows() == []
+    assert f"{12 + 12 + 2 * 3 + 2 * 4} runs" in text
 
 
 def test_a_run_is_watched_and_repeats_itself():
