@@ -2,6 +2,7 @@ r"""SAGE-GRPO measured: noise and training on a ring, a tiny Wan, and pictures o
 
     OMP_NUM_THREADS=1 python benchmarks/sage.py ring --seeds 0 1 2 3 4       # about 12 CPU minutes
     OMP_NUM_THREADS=1 python benchmarks/sage.py wan --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/sage.py cost --seeds 0 1 2 3 4 5 6 7
     OMP_NUM_THREADS=1 python benchmarks/sage.py shapes --seeds 0 1 2 3 4
     python benchmarks/sage.py plot                                           # the pictures of docs/sage.md
 
@@ -46,14 +47,13 @@ PHASES = 180
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["ring", "wan", "shapes", "plot"])
+    parser.add_argument("name", choices=["ring", "wan", "cost", "shapes", "plot"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.name == "plot":
-        from sage_plots import plot  # beside this file
-
-        plot(RESULTS)
+        for draw in (plot_ring, plot_shapes):
+            draw()
         return
     book = Book(RESULTS / f"sage_{args.name}.json")
     for seed in args.seeds:
@@ -146,6 +146,162 @@ def train_on_ring(model, rule: str, equalizer: bool, region: dict, seed: int) ->
         "distance": distances[::3],
         "samples": [[round(c, 2) for c in point] for point in final[:200].tolist()] if seed == 0 else [],
     }
+
+
+# -- a tiny Wan ------------------------------------------------------------------------------------------------------
+
+
+def wan(seed: int, book: Book) -> None:
+    """A Wan of 20,000 parameters with random weights, from a pipeline object, rewarded for brightness: 40 phases
+    of two updates. It shows what trains, and ranks nothing: there is no quality to lose."""
+    for region in ("none", "moving"):
+        for equalizer in (True, False):
+            for rule in RULES:
+                key = dict(part="training", rule=rule, equalizer=equalizer, region=region, seed=seed)
+                if not book.has(**key):
+                    book.add(**key, **train_wan(rule, equalizer, REGIONS[region], seed))
+
+
+WAN = dict(
+    height=16, width=16, num_frames=5, num_inference_steps=5, shift=3.0, eta=0.7, num_generations=8,
+    per_device_train_batch_size=16, gradient_accumulation_steps=2, timestep_fraction=0.8, epsilon=1e-2,
+    learning_rate=3e-2, lr_scheduler_type="constant", max_steps=80, logging_steps=2, use_cpu=True, bf16=False,
+    report_to="none", disable_tqdm=True, save_strategy="no", log_level="error",
+)  # fmt: skip
+
+
+def train_wan(rule: str, equalizer: bool, region: dict, seed: int) -> dict:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from trl_trust.flow import SAGEGRPOConfig, SAGEGRPOTrainer, brightness_reward
+    from trl_trust.flow.adapters.tiny import tiny_wan_pipeline
+
+    prompts = Dataset.from_list([{"prompt": "a red ball"}, {"prompt": "a blue cat"}])
+    own = dict(sde_type=rule, grad_equalizer=equalizer, seed=seed, **region)
+    if rule == "cps":  # its last step has no noise: all four others are trained, as four of five are elsewhere
+        own["timestep_fraction"] = 1.0
+    with TemporaryDirectory() as folder:
+        trainer = SAGEGRPOTrainer(
+            tiny_wan_pipeline(seed), SAGEGRPOConfig(output_dir=folder, **{**WAN, **own}), brightness_reward, prompts
+        )
+        trainer.remove_callback(PrinterCallback)
+        score = lambda: sum(brightness_reward(trainer.sample(prompts.select([0, 1] * 8)), None)) / 16
+        first, begin = score(), time.process_time()
+        trainer.train()
+        seconds = time.process_time() - begin
+        log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    return {
+        "reward_start": round(first, 4),
+        "reward_end": round(score(), 4),
+        "clip_ratio": round(sum(entry["sage/clip_ratio"] for entry in log) / len(log), 4),
+        "grad_norm": round(sum(entry["grad_norm"] for entry in log) / len(log), 4),
+        "seconds": round(seconds, 2),
+        "reward": [round(entry["reward"], 4) for entry in log[::3]],
+    }
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+def cost(seed: int, book: Book) -> None:
+    """CPU seconds of four phases with and without equalizer, anchor and KL to the old policy, in turns."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from trl_trust.flow import SAGEGRPOConfig, SAGEGRPOTrainer, brightness_reward
+    from trl_trust.flow.adapters.tiny import tiny_sd3_pipeline
+
+    arms = {
+        "plain": dict(grad_equalizer=False, beta=0.0),
+        "equalizer": dict(grad_equalizer=True, beta=0.0),
+        "old KL": dict(grad_equalizer=False, beta=1e-5, kl_pos_weight=0.0),
+        "anchor": dict(grad_equalizer=False, beta=1e-5, kl_vel_weight=0.0),
+        "all": dict(grad_equalizer=True, beta=1e-5),
+    }
+    prompts = Dataset.from_list([{"prompt": "a red ball"}, {"prompt": "a blue cat"}])
+    fields = {
+        **WAN,
+        "max_steps": 8,
+        "num_inference_steps": 6,
+        "timestep_fraction": 1.0,
+        "gradient_accumulation_steps": 3,
+    }
+    for name, own in arms.items():
+        with TemporaryDirectory() as folder:
+            config = SAGEGRPOConfig(output_dir=folder, **{**fields, "seed": seed, **own})
+            trainer = SAGEGRPOTrainer(tiny_sd3_pipeline(), config, brightness_reward, prompts)
+            trainer.remove_callback(PrinterCallback)
+            begin = time.process_time()
+            trainer.train()
+            book.add(part="cost", arm=name, seed=seed, seconds=round(time.process_time() - begin, 3))
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+COLORS = {"sage": "#1b6ca8", "flow": "#d1495b", "dance": "#8d6a9f", "cps": "#2e933c"}
+
+
+def cells_of(name: str) -> list[dict]:
+    path = RESULTS / f"sage_{name}.json"
+    return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def curve(cells: list[dict], name: str, width: int = 3) -> list[float]:
+    """Mean over the seeds, then over `width` neighbors in time."""
+    values = [mean(column) for column in zip(*(cell[name] for cell in cells), strict=True)]
+    return [mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def plot_ring() -> None:
+    """Noise by rule, reward, what it is paid with, and the samples that are left."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    cells = cells_of("ring")
+    noise = [cell for cell in cells if cell["part"] == "noise"]
+    runs = lambda **key: [cell for cell in cells if cell["part"] == "training" and key.items() <= cell.items()]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    left, middle, right = top.subplots(1, 3)
+    grids = sorted({(cell["steps"], cell["shift"], cell["eta"]) for cell in noise})
+    for k, rule in enumerate(("ode", *RULES)):
+        heights = [
+            mean([cell[rule] for cell in noise if (cell["steps"], cell["shift"], cell["eta"]) == grid])
+            for grid in grids
+        ]
+        places = [i + (k - 2) * 0.17 for i in range(len(grids))]
+        left.bar(places, heights, width=0.16, label=rule, color=COLORS.get(rule, "0.6"))
+    left.set_xticks(range(len(grids)), [f"T {t}\nshift {shift:g}\neta {eta:g}" for t, shift, eta in grids], fontsize=7)
+    left.set(title="roll-outs before training", ylabel="mean distance from the ring", yscale="log", ylim=(8e-3, 4))
+    left.legend(fontsize=7, ncols=5)
+    for rule in RULES:
+        for region, style in (("none", "-"), ("fixed", "--")):
+            found = runs(rule=rule, equalizer=True, region=region)
+            label = f"{rule}, anchor at the start" if region == "fixed" else rule
+            middle.plot(
+                [3 * i for i in range(PHASES // 3)], curve(found, "reward"), style, color=COLORS[rule], label=label
+            )
+            right.plot(curve(found, "reward"), curve(found, "distance"), style, color=COLORS[rule])
+    middle.set(title="training, mean of 5 seeds", xlabel="phase", ylabel="reward of roll-outs")
+    middle.legend(fontsize=7)
+    right.set(title="what the reward is paid with", xlabel="reward of roll-outs", ylabel="distance", yscale="log")
+    shown = [(rule, "none") for rule in RULES] + [("sage", "moving"), ("sage", "fixed")]
+    for axis, (rule, region) in zip(bottom.subplots(1, len(shown)), shown, strict=True):
+        (cell,) = runs(rule=rule, equalizer=True, region=region, seed=0)
+        axis.add_patch(Circle((0, 0), 2, fill=False, color="0.75"))
+        axis.scatter(*zip(*cell["samples"], strict=True), s=3, color=COLORS[rule])
+        axis.set(xlim=(-5, 12), ylim=(-8.5, 8.5), aspect="equal", xticks=[], yticks=[])
+        axis.set_title(f"{rule}, {'no anchor' if region == 'none' else f'{region} anchor'}", fontsize=9)
+    figure.savefig(RESULTS / "sage_ring.png", dpi=100)
+
+
+def plot_shapes() -> None:
+    pass
 
 
 if __name__ == "__main__":

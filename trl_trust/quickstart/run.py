@@ -469,6 +469,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     names = [BASELINE, *(m.name for m in hosted("grpo"))]
     parser.add_argument(
+        "--task",
+        choices=["addition"],
+        default="addition",
+        help="as the first word, `--task flow` runs another: GRPO for a flow model, see `--task flow --help`",
+    )
+    parser.add_argument(
         "--method",
         nargs="+",
         choices=names,
@@ -523,8 +529,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def split_task(word: str) -> list[str]:
+    """`--task=flow` as two words."""
+    return word.split("=", 1) if word.startswith("--task=") else [word]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the quickstart with command-line arguments `argv` and return the exit status."""
+    words = [part for word in (sys.argv[1:] if argv is None else argv) for part in split_task(word)]
+    if words[:2] == ["--task", "flow"]:
+        return import_module("trl_trust.flow.quickstart").main(words[2:])
     args = parse(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up, so nothing can time out
     console, chosen = Console(), arms(args)
