@@ -18,7 +18,6 @@ Times are of the process, not of the clock, so that other jobs disturb them litt
 """
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -27,9 +26,10 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import cells
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,7 +44,7 @@ from trl_trust.quickstart.run import TRAINING, last_reward, quiet
 from trl_trust.quickstart.task import build_tokenizer, demonstrate, evaluate, exact_answer_reward, pairs, problems
 
 
-RESULTS = Path(__file__).parent / "results" / "distill.json"
+RESULTS = cells.RESULTS / "distill.json"
 CLASSES = {"grpo": (GRPOTrainer, GRPOConfig), "rlad": (RLADTrainer, RLADConfig), "vpd": (VPDTrainer, VPDConfig)}
 
 # A weak start can be told which column was wrong; the teacher's prompt is the prompt behind it.
@@ -351,23 +351,6 @@ CELLS = {
 }
 
 
-def read() -> list[dict]:
-    return json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else []
-
-
-def append(cell: dict) -> None:
-    report = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/distill.py",
-        "versions": {name: version(name) for name in ("trl-trust", "trl", "transformers", "torch")},
-        "training": TRAINING,
-        "cells": [*read(), cell],
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    scratch = RESULTS.with_suffix(".tmp")
-    scratch.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(scratch, RESULTS)
-
-
 def show(cell: dict) -> None:
     print(f"\n{cell['cell']}" + (f", seed {cell['seed']}" if cell["seed"] is not None else ""))
     for name, values in cell["results"].items():
@@ -397,7 +380,7 @@ def main() -> None:
     for name in args.only:
         run, by_seed = CELLS[name]
         for seed in args.seeds if by_seed else [None]:
-            found = next((c for c in read() if (c["cell"], c["seed"]) == (name, seed)), None)
+            found = next((c for c in cells.load(RESULTS)["cells"] if (c["cell"], c["seed"]) == (name, seed)), None)
             if args.report:
                 if found:
                     show(found)
@@ -407,7 +390,7 @@ def main() -> None:
                     results = run(seed or 0, folder, SMOKE if args.smoke else SIZES)
                 found = {"cell": name, "seed": seed, "results": results}
                 if not args.smoke:
-                    append(found)
+                    cells.add(RESULTS, found)
             show(found)
             if args.smoke:
                 break

@@ -10,13 +10,11 @@ rates and epochs were chosen on seed 100, which is not reported.
 """
 
 import argparse
-import json
-import os
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import cells
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from trl_trust.distill.erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
@@ -64,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--students", nargs="+", default=list(STUDENTS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "erpd.json")
+    parser.add_argument("--output", type=Path, default=cells.RESULTS / "erpd.json")
     args = parser.parse_args()
     for seed in args.seeds:
         with TemporaryDirectory() as folder, quiet():
@@ -73,7 +71,7 @@ def main() -> None:
 
 
 def run_seed(seed: int, folder: Path, students: list[str], output: Path) -> None:
-    there = {c["cell"] for c in read(output) if c["seed"] == seed}
+    there = {c["cell"] for c in cells.load(output)["cells"] if c["seed"] == seed}
     students = [name for name in students if f"student {name}" not in there]
     if not students:
         return
@@ -88,7 +86,9 @@ def run_seed(seed: int, folder: Path, students: list[str], output: Path) -> None
     def measure(cell, model, settings, seconds, history=()):
         metrics = evaluate(model, tokenizer, held_out, reference=base)
         last = {k: v for k, v in (history[-1] if history else {}).items() if k.startswith(("erpd/", "trust/", "clip"))}
-        append(output, {"seed": seed, "cell": cell, **metrics, "seconds": seconds, "settings": settings, "log": last})
+        cells.add(
+            output, {"seed": seed, "cell": cell, **metrics, "seconds": seconds, "settings": settings, "log": last}
+        )
 
     def train(trainer_class, cell, data, settings):
         config = ERPDConfig(
@@ -115,30 +115,12 @@ def run_seed(seed: int, folder: Path, students: list[str], output: Path) -> None
         train(ERPDTrainer, f"student {name}", data.add_column("teacher_logps", logps[own]), {**STUDENT, **settings})
 
 
-def read(output: Path) -> list[dict]:
-    return json.loads(output.read_text())["cells"] if output.exists() else []
-
-
-def append(output: Path, cell: dict) -> None:
-    """Add a cell to the file, in place of one of the same name and seed."""
-    cells = [c for c in read(output) if (c["seed"], c["cell"]) != (cell["seed"], cell["cell"])] + [cell]
-    report = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/erpd.py --seeds 0 1 2",
-        "versions": {name: version(name) for name in ("trl-trust", "trl", "transformers", "torch")},
-        "cells": sorted(cells, key=lambda c: c["seed"]),
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.with_suffix(".tmp")
-    scratch.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(scratch, output)
-
-
 def table(output: Path) -> None:
     """Print a row a cell, a column a seed: reward, greedy reward, KL to base, entropy."""
-    cells = read(output)
-    seeds = sorted({c["seed"] for c in cells})
-    for name in dict.fromkeys(c["cell"] for c in cells):
-        row = {c["seed"]: c for c in cells if c["cell"] == name}
+    rows = cells.load(output)["cells"]
+    seeds = sorted({c["seed"] for c in rows})
+    for name in dict.fromkeys(c["cell"] for c in rows):
+        row = {c["seed"]: c for c in rows if c["cell"] == name}
         values = [row[s] for s in seeds if s in row]
         text = "   ".join(f"{c['pass@1']:.3f} {c['greedy']:.3f} {c['kl']:7.3f} {c['entropy']:.3f}" for c in values)
         print(f"{name:<40}{text}")

@@ -15,12 +15,11 @@ is one batch in ours.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
+import cells
 import torch
-from optimizers import _cpu_name, adapters, compare, parameters
+from optimizers import adapters, compare, parameters
 
 from trl_trust.optim import Muon, muon
 
@@ -128,12 +127,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.ones(7_900_000)  # see optimizers.py
-    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    device = _cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
-    origin = {
-        "machine": {"device": device, "threads": 1, "torch": torch.__version__},
-        "command": "python benchmarks/gram.py " + " ".join(sys.argv[1:]),
-    }
+    results = cells.load(args.json) if args.json and args.json.exists() else {}
+    origin = {"machine": cells.machine(args.device), "command": cells.command()}
     if "drift" in args.parts:
         results["drift"] = {"rows": drift(), **origin}
     for name in args.models if "speed" in args.parts else ():
@@ -141,14 +136,14 @@ def main():
         part = f"speed {args.ns_form}" + (f" {args.device}" if args.device != "cpu" else "")
         results.setdefault(part, {})[name] = row | origin
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            cells.save(args.json, results)
     for name in args.models if "whole" in args.parts else ():
         if name in MODELS:
             part = f"whole {args.ns_form} {args.device}"
             row = whole(name, args.rounds, args.ns_form, args.device)
             results.setdefault(part, {})[name] = row | origin
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        cells.save(args.json, results)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ clock, between synchronisations.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import cells
 import torch
 
 
@@ -189,39 +187,27 @@ def main():
     # instead of returning it to the system at every turn. Without this line the first pair alone would pay for that.
     torch.ones(7_900_000)
 
-    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
-    machine = {
-        "device": torch.cuda.get_device_name() if args.device != "cpu" else _cpu_name(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "clock": "process" if args.device == "cpu" else "wall",
-    }
-    command = "python benchmarks/optimizers.py " + " ".join(sys.argv[1:])
+    results = cells.load(args.json) if args.json and args.json.exists() else {"rows": {}}
+    machine = cells.machine(args.device, args.threads) | {"clock": "process" if args.device == "cpu" else "wall"}
     for name, (what, bound, ours, theirs) in pairs().items():
         if args.rows and not any(name.startswith(row) for row in args.rows):
             continue
         rounds = args.rounds if not name.startswith("fismo") else min(args.rounds, 3)  # eigh takes many seconds
         row = {"what": what, "bound": bound, "rounds": rounds, **compare(ours, theirs, rounds, args.device)}
-        results["rows"][name] = {**row, "machine": machine, "command": command}
+        results["rows"][name] = {**row, "machine": machine, "command": cells.command()}
         if all("command" in kept for kept in results["rows"].values()):
             # Older files have one of each for all rows, those of the last run, which may have been a partial one.
             results = {key: value for key, value in results.items() if key not in ("machine", "command")}
         verdict = "" if bound is None else f"  bound {bound:.3g}: {'met' if row['ratio'] <= bound else 'MISSED'}"
         print(f"{name:22s} {row['ratio']:7.3f} {row['quartiles']}  {row['ours_ms']} / {row['theirs_ms']} ms{verdict}")
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            cells.save(args.json, results)
     if not args.rows or "memory" in args.rows:
         results["state_bytes_per_element"] = memory()
         for name, bytes_per_element in results["state_bytes_per_element"].items():
             print(f"{name:22s} {bytes_per_element} bytes of state per matrix element")
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+            cells.save(args.json, results)
 
 
 if __name__ == "__main__":

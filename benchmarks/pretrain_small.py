@@ -14,18 +14,17 @@ The committed results have the whole sweep for seed 0; for seeds 1 and 2 the bes
 """
 
 import argparse
-import json
 import math
-import os
 import random
 import statistics
 import time
 from pathlib import Path
 
+import cells
 import torch
 
 
-RESULTS = Path(__file__).parent / "results" / "pretrain_small.json"
+RESULTS = cells.RESULTS / "pretrain_small.json"
 
 # Learning rates of the matrices. The matrix optimizers share a fixed rate of AdamW for the rest, so that a sweep is
 # about the matrices alone. FISMO refreshes its factors every tenth step, as Mousse does.
@@ -174,22 +173,6 @@ def run_cell(method: str, lr: float, seed: int, settings: dict) -> dict:
     }
 
 
-def load(path: Path, settings: dict) -> dict:
-    if not path.exists():
-        return {"settings": settings, "cells": []}
-    results = json.loads(path.read_text())
-    if results["settings"] != settings:
-        raise SystemExit(f"{path} was written with other settings: {results['settings']}; move it away, or set --json")
-    return results
-
-
-def save(path: Path, results: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")  # a run that is cut off leaves the file whole
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def by_method(results: dict) -> dict[str, dict[float, list[dict]]]:
     table: dict[str, dict[float, list[dict]]] = {}
     for cell in sorted(results["cells"], key=lambda c: (list(METHODS).index(c["method"]), c["lr"], c["seed"])):
@@ -197,14 +180,14 @@ def by_method(results: dict) -> dict[str, dict[float, list[dict]]]:
     return table
 
 
-def mean_loss(cells: list[dict]) -> float:
-    return statistics.fmean(cell["val_loss"] for cell in cells)
+def mean_loss(found: list[dict]) -> float:
+    return statistics.fmean(cell["val_loss"] for cell in found)
 
 
 def best_rate(rates: dict[float, list[dict]]) -> float:
     """The rate of lowest mean loss, among those that were run with as many seeds as any."""
-    seeds = max(len(cells) for cells in rates.values())
-    return min((lr for lr, cells in rates.items() if len(cells) == seeds), key=lambda lr: mean_loss(rates[lr]))
+    seeds = max(len(found) for found in rates.values())
+    return min((lr for lr, found in rates.items() if len(found) == seeds), key=lambda lr: mean_loss(rates[lr]))
 
 
 def report(results: dict, path: Path) -> str:
@@ -221,7 +204,7 @@ def report(results: dict, path: Path) -> str:
         seeds = ", ".join(f"{cell['val_loss']:.4f}" for cell in rates[best])
         steps = results["settings"]["steps"]
         seconds = statistics.fmean(cell["seconds"] for cell in rates[best]) / steps
-        every = "; ".join(f"{lr:g}: {mean_loss(cells):.4f} ({len(cells)})" for lr, cells in rates.items())
+        every = "; ".join(f"{lr:g}: {mean_loss(found):.4f} ({len(found)})" for lr, found in rates.items())
         lines.append(
             f"| {method} | {best:g}{edge} | {mean_loss(rates[best]):.4f} ({seeds}) | {seconds:.3f} | {every} |"
         )
@@ -244,7 +227,7 @@ def report(results: dict, path: Path) -> str:
             steps, [statistics.fmean(at) for at in zip(*runs, strict=True)], label=f"{method} {best:g}"
         )
         curves.fill_between(steps, *([f(at) for at in zip(*runs, strict=True)] for f in (min, max)), alpha=0.2)
-        finite = {lr: mean_loss(cells) for lr, cells in rates.items() if math.isfinite(mean_loss(cells))}
+        finite = {lr: mean_loss(found) for lr, found in rates.items() if math.isfinite(mean_loss(found))}
         sweeps.plot([lr / best for lr in finite], finite.values(), "o-", color=line.get_color(), label=method)
     curves.set(xlabel="step", ylabel="validation loss, mean and range over seeds", yscale="log")
     sweeps.set(xlabel="learning rate over the best one", ylabel="final validation loss", xscale="log", yscale="log")
@@ -272,7 +255,7 @@ def main():
     torch.set_num_threads(args.threads)
     settings = SMOKE if args.smoke else FULL
     path = args.json or (RESULTS.with_name("pretrain_small_smoke.json") if args.smoke else RESULTS)
-    results = load(path, settings)
+    results = cells.load(path, settings=settings)
     done = {(cell["method"], cell["lr"], cell["seed"]) for cell in results["cells"]}
     for seed in [] if args.report else args.seeds[:1] if args.smoke else args.seeds:
         for method in args.methods:
@@ -281,8 +264,8 @@ def main():
                 if (method, lr, seed) in done:
                     continue
                 cell = {"method": method, "lr": lr, "seed": seed, **run_cell(method, lr, seed, settings)}
-                results["cells"].append(cell)
-                save(path, results)
+                results["cells"].append(cell | {"origin": cells.origin(threads=args.threads)})
+                cells.save(path, results)
                 print(
                     f"{method:12s} lr {lr:<8g} seed {seed}  loss {cell['val_loss']:.4f}  {cell['seconds']:.0f} s",
                     flush=True,

@@ -11,10 +11,10 @@ Other options go to the quickstart as they are:
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import cells
 
 from trl_trust.quickstart import run
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The quickstart's mild regime over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", nargs="+", default=["dispo"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quickstart.json")
+    parser.add_argument("--output", type=Path, default=cells.RESULTS / "quickstart.json")
     args, others = parser.parse_known_args()
 
     with TemporaryDirectory() as folder:
@@ -31,9 +31,7 @@ def main() -> int:
         if status := run.main([*words, "--output-dir", folder, *others]):
             return status
         report = json.loads((Path(folder) / "metrics.json").read_text())
-    report = {"command": shlex.join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]), **report}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    cells.save(args.output, cells.origin() | report)
     print(f"written to {args.output}")
     return 0
 

@@ -22,6 +22,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+import cells
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -197,16 +199,14 @@ def main() -> None:
             memory = found["peak_mib"]
             print(f"  {name:8} time x{value:.3f}   peak {memory[name]:.1f} MiB against {memory['grpo']:.1f} MiB")
     if options.json:
-        command = "python " + " ".join(sys.argv)
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        kept = cells.load(options.json) if options.json.exists() else {}
         kept[" ".join(options.methods)] = {
-            "command": command,
+            "command": cells.command(),
             "device": device,
             "settings": options.settings,
             **results,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(kept, indent=2) + "\n")
+        cells.save(options.json, kept)
 
 
 if __name__ == "__main__":

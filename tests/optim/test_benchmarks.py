@@ -13,6 +13,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where a script's own neighbours are found
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +49,25 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     script, path = load_script("pretrain_small"), tmp_path / "results.json"
     path.write_text(json.dumps({"settings": script.FULL, "cells": []}))
     with pytest.raises(SystemExit, match="other settings"):
-        script.load(path, script.SMOKE)
+        script.cells.load(path, settings=script.SMOKE)
+
+
+def test_cells_are_added_replaced_and_say_where_they_were_made(tmp_path, monkeypatch):
+    cells, path = load_script("cells"), tmp_path / "folder" / "results.json"
+    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "some.py"), "--name", "two words"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for value in (1, 2):
+        cells.add(path, {"cell": "a", "seed": 0, "value": value})
+    cells.add(path, {"cell": "a", "seed": 1, "value": 3})
+    found = cells.load(path)["cells"]
+    assert [(cell["seed"], cell["value"]) for cell in found] == [(0, 2), (1, 3)]
+    origin = found[0]["origin"]
+    assert origin["command"] == "OMP_NUM_THREADS=1 python benchmarks/some.py --name 'two words'"
+    assert origin["versions"]["torch"] == torch.__version__ and origin["machine"]["device"]
+    with pytest.raises(TypeError):  # a run that breaks off in the middle leaves the file whole
+        cells.add(path, {"cell": "b", "seed": 0, "value": object()})
+    assert len(json.loads(path.read_text())["cells"]) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
 def test_a_cell_is_reproducible_and_its_text_too():
