@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import psutil
@@ -183,6 +183,29 @@ def test_a_run_is_watched_and_repeats_itself():
     json.dumps(first, allow_nan=False)
     with pytest.raises(ValueError, match="no field epsilon_lo"):
         work.run_one("addition", "flipped", "dapo", 0, 1e-3, {"epsilon_lo": 1.0}, smoke=True)
+
+
+def test_what_a_regime_does_to_the_sampler(monkeypatch):
+    """Ratios to the policy that drew the tokens; half of the rewards are flipped, so that all runs move."""
+    from trl_trust.quickstart.run import quiet
+
+    updates = []
+    monkeypatch.setattr(work.Watch, "by_generation", lambda self, n: updates.append(self.updates) or {})
+    names = ("mini_batches", "lag_8", "mismatch_1", "mismatch_int8")
+    flipped = {name: replace(work.regimes()[name], flip=0.5) for name in names}
+    monkeypatch.setattr(work, "regimes", lambda: flipped)
+    with quiet():
+        for name in names:
+            record = work.run_one("addition", name, "dapo", 0, 1e-3, smoke=True)
+            assert "error" not in record and record["updates"] == 40
+            assert record["checkpoints"][-1]["kl"] > 1e-4  # it trains
+    fresh, lagged, noisy, rounded = (found["ratio_max"] for found in updates)
+    assert all(ratio == pytest.approx(1, abs=1e-4) for ratio in fresh[::4])  # the first update of a generation
+    assert fresh[5] > 1.001
+    assert lagged[0] == pytest.approx(1, abs=1e-4)  # nothing is older yet
+    assert min(lagged[4::4]) > 1.01
+    assert min(noisy[::4]) > 1.1
+    assert 1.0005 < min(rounded[::4]) < min(noisy[::4])
 
 
 def test_the_runner_goes_on_after_kill_9_and_reports(tmp_path):
