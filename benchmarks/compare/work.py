@@ -24,11 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cells
 
 
 HERE = Path(__file__).parent
@@ -389,8 +393,8 @@ def run_one(
     Returns:
         The keys `entry`, `task`, `regime`, `start`, `seed`, `learning_rate`, `overrides`; `score`, the mean pass@1 of
         the last five checkpoints; `checkpoints` (the last one with the divergence from the start), `curves` by
-        generation, `start_metrics`; `worst_drop`, `tokens`,
-        `updates`, `cpu_seconds`, `peak_memory_mib`; `versions`. A run that failed has `error`, and `score` 0.
+        generation, `start_metrics`; `worst_drop`, `tokens`, `updates`, `cpu_seconds`, `peak_memory_mib`; `machine`,
+        `versions`. A run that failed has `error`, and `score` 0.
 
     Raises:
         KeyError: for an unknown name. ValueError: for a field that the config does not have or takes otherwise.
@@ -412,11 +416,7 @@ def run_one(
         "generations": regime_.generations,
     }
     record |= _plain(_train_and_measure(task, entry_, regime_, start, learning_rate, overrides or {}, smoke, on_step))
-    record["versions"] = {name: version(name) for name in ("trl", "transformers", "torch")}
-    import trl_trust
-
-    record["versions"]["trl-trust"] = trl_trust.__version__
-    return record
+    return record | {"machine": cells.machine(), "versions": cells.versions()}
 
 
 @cache
