@@ -225,25 +225,49 @@ def test_a_term_that_is_not_finite_leaves_the_update_out(tiny_model_path, tmp_pa
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes(tiny_model_path, tmp_path):
-    """Stock and ours agree to the bit over two processes; a worker that dies ends both, each with one line."""
+def launch(path, folder, kind):
+    """What async_processes.py found on two processes, by rank."""
+    folder.mkdir()
     script = Path(__file__).with_name("async_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(script), tiny_model_path, str(tmp_path)],
+        [*torchrun, str(script), path, str(folder), kind],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    same = lambda one, other: all(map(torch.equal, one["parameters"], other["parameters"]))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def same(one, other):
+    return all(map(torch.equal, one["parameters"], other["parameters"]))
+
+
+def check_two_processes(found):
     for layout in ("fixed count", "token budget"):
         (stock, ours), (_, ours_there) = found[0][layout], found[1][layout]
         assert same(stock, ours) and same(ours, ours_there)
-        theirs, mine = (run["history"] for run in found[0][layout])
-        for before, after in zip(theirs, mine, strict=True):
+        for before, after in zip(stock["history"], ours["history"], strict=True):
             assert {name: after[name] for name in before} == pytest.approx(before, rel=1e-5, abs=1e-6, nan_ok=True)
+    for mode in ("ess", "kl", "backtrack"):
+        assert same(found[0][mode], found[1][mode])
+        assert all(0 < record["trust/step_scale"] < 1 for record in found[0][mode]["history"]), mode
     assert found[0]["died"] == ["the worker is dead"] * 2
     assert all("Process 0 can get no more rollouts" in said for said in found[1]["died"])
+
+
+def test_two_processes(tiny_model_path, tmp_path):
+    """Stock and ours agree to the bit; a worker that dies ends both processes, each with one line."""
+    check_two_processes(launch(tiny_model_path, tmp_path / "ddp", "ddp"))
+
+
+@pytest.mark.slow
+def test_sharded_by_fsdp2(tiny_model_path, tmp_path):
+    """As two processes that each hold the whole model, step control included."""
+    sharded, whole = (launch(tiny_model_path, tmp_path / kind, kind) for kind in ("fsdp2", "ddp"))
+    check_two_processes(sharded)
+    for mode in ("ess", "kl", "backtrack"):
+        for one, other in zip(sharded[0][mode]["parameters"], whole[0][mode]["parameters"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -193,8 +193,12 @@ class AsyncTrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, AsyncGRPOTr
             fraction = rate / peak if warm and peak else 1.0
             kl = self._measure_again()
             control.controller.update(kl, args.target_kl, float(scaled) ** 2, rate, may_rise=warm, fraction=fraction)
-            self._decision.kl, self._decision.allowed = kl, args.target_kl
         super().after_step()
+
+    def _measure_again(self) -> float:
+        self._decision.kl = super()._measure_again()  # what is logged: of the step as it stands
+        self._decision.allowed = self.args.target_kl
+        return self._decision.kl
 
     def score_completions(self, model, inputs, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (B, T) of a micro-batch's trained tokens, without TRL's accounting."""

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ..steps import GuardedSteps
 from .terms import LOG_RATIO_LIMIT, PolicyBatch
@@ -332,7 +333,8 @@ class SteeredSteps(GuardedSteps):
             kl = self._measure_again()
             if kl <= bound:
                 return fraction
-            factor = math.sqrt(bound / kl) if math.isfinite(kl) else 0.1
+            # shorter than K ~ step^2 asks for, or the step ends just above the bound again and again, and is undone
+            factor = 0.9 * math.sqrt(bound / kl) if math.isfinite(kl) else 0.1
             fraction *= factor
             for parameter, start in self._start:
                 parameter.lerp_(start, 1 - factor)
@@ -354,5 +356,9 @@ class SteeredSteps(GuardedSteps):
                 sums.append(torch.stack([(d.exp() - 1 - d).sum(), mask.sum().double()]))
         finally:
             self.model.train()
+            # After a forward without a backward FSDP2 leaves the last layer gathered, a copy that no step reaches
+            for module in self.model_wrapped.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         k3, tokens = self.step_control.reduce(torch.stack(sums).sum(0)).tolist()
         return k3 / tokens if tokens else 0.0
