@@ -180,6 +180,10 @@ def test_unreadable_recipes(tmp_path, capsys):
     ("changes", "words", "said"),
     [
         ({"epsilon_pos_lo": 0.1}, [], "unknown field 'epsilon_pos_lo' in the recipe; did you mean 'epsilon_pos_low'?"),
+        ({"delta_low": 0.1}, [], "in the recipe; it is a field of DPPO: `trl-trust dppo`"),
+        ({"signal": "weak", "use_cpu": None, "bf16": None}, [], "it is a field of ERPD: `trl-trust erpd`"),
+        ({"use_cpu": None, "bf16": None}, [], "to train on a CPU set use_cpu: true, bf16: false"),
+        ({"reward_model_name_or_path": "./no/such"}, [], "reward_model_name_or_path='./no/such' is no directory"),
         ({}, ["--lora_rr", "1"], "unknown field 'lora_rr' on the command line; did you mean 'lora_r'?"),
         ({}, ["--learning_r", "1"], "did you mean 'learning_rate'?"),  # no abbreviations
         ({}, ["stray"], "unexpected 'stray'"),
@@ -224,6 +228,22 @@ def test_missing_reference_column(recipe, tmp_path, capsys):
         assert "`solution`" in error_of(capsys, "dispo", "--config", path)
 
 
+def test_an_empty_file_and_empty_prompts_are_told(recipe, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    path = recipe(dataset_name=str(tmp_path / "empty.jsonl"))
+    assert "empty.jsonl': the file is empty" in error_of(capsys, "dispo", "--config", path)
+    rows = [{"quest": prompt, "solution": "2"} for prompt in ("1+1=", None, "2+0=", None)]
+    (tmp_path / "nulls.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = recipe(dataset_name=str(tmp_path / "nulls.jsonl"), prompt_column="quest")
+    said = "the column 'quest' is empty in 2 of 4 rows, the first is row 1; leave them out"
+    assert said in error_of(capsys, "dispo", "--config", path)
+
+
+def test_a_recipe_that_is_nested_too_deeply(tmp_path, capsys):
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
+    assert "it is nested too deeply" in error_of(capsys, "dispo", "--config", str(tmp_path / "deep.yaml"))
+
+
 def test_broken_data_file(recipe, tmp_path, capsys):
     (tmp_path / "broken.json").write_text('{"prompt": ')
     assert "broken.json" in error_of(capsys, "dispo", "--config", recipe(dataset_name=str(tmp_path / "broken.json")))
@@ -231,6 +251,8 @@ def test_broken_data_file(recipe, tmp_path, capsys):
 
 def test_unknown_command(capsys):
     assert "did you mean 'dispo'" in error_of(capsys, "disspo")
+    listed = error_of(capsys, "xyzzy").split("there are: ")[1].split(", ")
+    assert len(listed) == len(set(listed)) > 20
 
 
 def test_traceback_on_demand(recipe, monkeypatch):
@@ -462,6 +484,11 @@ def test_saves_and_pushes_as_asked(recipe, tmp_path, monkeypatch):
     [
         ("dispo", {"num_iterations": 0}, "num_iterations=0 must be a whole number >= 1"),
         ("dispo", {"optim": "auon", "optim_args": "foo=1"}, "optim_args of optim='auon' has unknown keys: foo"),
+        (
+            "rlad",
+            {"teacher_model_name_or_path": "./no/such"},
+            "teacher_model_name_or_path='./no/such' is no directory",
+        ),
         ("dispo", {"resume_from_checkpoint": "true"}, "there is no checkpoint in output_dir="),
         ("dispo", {"resume_from_checkpoint": "nope"}, "resume_from_checkpoint='nope': no such folder"),
         ("dispo", {"model_name_or_path": "out-nope"}, "model_name_or_path='out-nope' is no directory with a model"),

@@ -44,6 +44,11 @@ def test_the_asynchronous_page_says_who_is_there_and_who_cannot_be():
             assert f"- {method.title}, because {method.asynchronous}" in page
 
 
+def test_the_readme_lists_the_rows_of_the_tables_and_no_others():
+    pages = re.findall(r"^\| \[(.+?)\]\(docs/.+?\) \| .+? \| .+? \| .+ \|$", README, re.M)
+    assert pages == [row.title for row in (*METHODS, *TOOLS)]
+
+
 def test_commands_are_of_one_row_each():
     words = [
         *(method.name for method in (*METHODS, *ASYNCHRONOUS)),

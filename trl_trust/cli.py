@@ -316,6 +316,8 @@ def resolve_recipe(words: list[str]) -> list[str]:
         raise ValueError(f"recipe {path}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read recipe {path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"cannot read recipe {path}: it is nested too deeply") from error
     words[place] = str(path)
     return words
 

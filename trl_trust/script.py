@@ -20,7 +20,7 @@ import yaml
 from trl import ScriptArguments, TrlParser
 
 from .lookup import near
-from .methods import Method
+from .methods import METHODS, Method
 from .plot import RECIPE_FILE
 from .rewards import load_reward_func, math_accuracy_reward
 
@@ -112,7 +112,11 @@ class RecipeParser(TrlParser):
                 config[name] = "no"  # YAML 1.1 reads a bare `no` as False
             elif value is not None and name in self.number_names:
                 config[name] = str(value)  # argparse checks the type of text only
-        return super().set_defaults_with_config(**config)
+        remaining = super().set_defaults_with_config(**config)
+        self.refuse_unknown(
+            remaining, "in the recipe", launcher_options()
+        )  # before a config complains of this machine
+        return remaining
 
     def split(self, words: list[str]) -> tuple[list[str], list[str]]:
         """Return the words that are no setting of the script: those from the recipe, and those of the command line.
@@ -137,7 +141,11 @@ class RecipeParser(TrlParser):
             )
         except TypeError as error:  # such as a wrong key under `datasets:`
             raise ValueError(f"a setting has the wrong form: {error}") from error
-        self.refuse_unknown(from_recipe, "in the recipe", launcher_options())
+        except ValueError as error:
+            if "support bf16/gpu" in str(error):  # transformers 5.23; TRL switches bf16 on by itself
+                mend = "set use_cpu: true, bf16: false, and use_vllm: false if it is on"
+                raise ValueError(f"bf16 asks for a GPU, and there is none here; to train on a CPU {mend}") from error
+            raise
         for word in from_words:
             if word in launcher_options():
                 raise ValueError(f"{word} is for the launcher: pass it to `accelerate launch`, or run `trl-trust`")
@@ -169,8 +177,24 @@ class RecipeParser(TrlParser):
             name = word.split("=")[0]
             if word.startswith("--") and name not in also_known:
                 known = [*self.field_names, *(option.lstrip("-") for option in also_known)]
-                mend = near(name.lstrip("-"), known, "--help-all lists the known ones")
+                mend = owner(name.lstrip("-")) or near(name.lstrip("-"), known, "--help-all lists the known ones")
                 raise ValueError(f"unknown field {name.lstrip('-')!r} {where}; {mend}")
+
+
+def owner(name: str) -> str | None:
+    """What to say of a field that is known to other methods, else `None`. Called for an error: it imports them all."""
+    found = []
+    for method in METHODS:
+        try:
+            config = getattr(import_module(method.module), method.config)
+        except ImportError:  # of an extra that is not installed
+            continue
+        if name in {f.name for f in fields(config)}:
+            found.append(method)
+    if not found:
+        return None
+    titles, names = ([getattr(method, key) for method in found] for key in ("title", "name"))
+    return f"it is a field of {' and '.join(titles)}: {', '.join(f'`trl-trust {name}`' for name in names)}"
 
 
 def refuse_choice(name: str, value: str, choices: Iterable) -> None:
@@ -232,6 +256,8 @@ def load_data(script_args: TrustScriptArguments, dataset_args):
     loader = FILE_LOADERS.get(os.path.splitext(name or "")[1].lower())
     if loader and not os.path.isfile(name):
         raise ValueError(f"dataset_name={name!r}: no such file")
+    if loader and os.path.getsize(name) == 0:
+        raise ValueError(f"dataset_name={name!r}: the file is empty")
     where = {"path": loader, "data_files": name} if loader else {"path": name, "name": script_args.dataset_config}
     try:
         if name is None:
@@ -251,6 +277,7 @@ def prepare_split(splits, split: str, script_args: TrustScriptArguments):
         raise ValueError(
             f"the data set has no column {column!r} for the prompt; it has {', '.join(columns)} (set `prompt_column`)"
         )
+    refuse_nulls(data, column)
     if column != "prompt":
         data = (data.remove_columns("prompt") if "prompt" in columns else data).rename_column(column, "prompt")
     if system is None:
@@ -264,6 +291,22 @@ def prepare_split(splits, split: str, script_args: TrustScriptArguments):
 
     # a new column, since a column cannot change its type from text to messages
     return data.map(as_chat, remove_columns="prompt").rename_column("chat", "prompt")
+
+
+def refuse_nulls(data, column: str) -> None:
+    """Raise `ValueError` if a row has nothing in the column of the prompt. Streamed data are not looked through."""
+    if not hasattr(data, "__len__"):
+        return
+    first, number, seen = None, 0, 0
+    for table in data.select_columns([column]).with_format("arrow").iter(10_000):
+        values = table[column]
+        if values.null_count and first is None:
+            first = seen + values.is_null().to_pylist().index(True)
+        number, seen = number + values.null_count, seen + len(values)
+    if number:
+        raise ValueError(
+            f"the column {column!r} is empty in {number} of {seen} rows, the first is row {first}; leave them out"
+        )
 
 
 def column_names(data) -> list[str]:
@@ -319,6 +362,13 @@ def build_trainer(
     check_reward_columns(rewards, column_names(train))
     evaluates = training_args.eval_strategy != "no"
     find_model(model, model_args.model_revision, training_args.trust_remote_code)
+    if teacher := getattr(training_args, method.teacher or " ", None):
+        own = getattr(training_args, "teacher_model_init_kwargs", None) or {}
+        find_model(teacher, own.get("revision"), training_args.trust_remote_code, method.teacher)
+    if script_args.reward_model_name_or_path:
+        find_model(
+            script_args.reward_model_name_or_path, None, training_args.trust_remote_code, "reward_model_name_or_path"
+        )
     training_args.resume_from_checkpoint = find_checkpoint(training_args)
 
     training_args.model_init_kwargs = {
@@ -342,15 +392,15 @@ def build_trainer(
     return trainer
 
 
-def find_model(model: str, revision: str, trust_remote_code: bool) -> None:
-    """Raise `ValueError` unless the config of `model` can be had: the error of loading names no field."""
+def find_model(model: str, revision: str | None, trust_remote_code: bool, field: str = "model_name_or_path") -> None:
+    """Raise `ValueError` unless the config of `model` can be had: the error of loading does not name the `field`."""
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
+        AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path={model!r} is no directory with a model, and cannot be had from the Hub: {error}"
+            f"{field}={model!r} is no directory with a model, and cannot be had from the Hub: {error}"
         ) from error
 
 
