@@ -15,7 +15,8 @@ def draw(reports: Sequence[TrustReport], path: str | os.PathLike, labels: Sequen
     labels = labels or [report.subject for report in reports]
     proportions = [score.name for score in reports[0].scores if score.kind == "proportion" and score.value is not None]
     proportions = [name for name in proportions if "/" not in name] or proportions  # details below a `/` stay out
-    if len(proportions) >= 3:
+    of_rows = bool(reports[0].rows and reports[0].meta.get("plot"))
+    if len(proportions) >= 3 and not of_rows:
         figure = Figure(figsize=(7.5, 6.5), layout="constrained")
         axes = figure.add_subplot(projection="polar")
         for report, label in zip(reports, labels, strict=True):
@@ -26,7 +27,8 @@ def draw(reports: Sequence[TrustReport], path: str | os.PathLike, labels: Sequen
         else:
             axes.set_title(labels[0], pad=28, fontsize=9)
     else:
-        panels = list(score_panels(reports[0])) or list(row_panels(reports[0]))
+        panels = [] if of_rows else list(score_panels(reports[0]))
+        panels = panels or list(row_panels(reports[0]))
         if not panels:
             raise ValueError(
                 f"the report of {reports[0].subject} has nothing to draw: no score and no row with a number"

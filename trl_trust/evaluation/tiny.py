@@ -91,6 +91,13 @@ def demonstrate(item: Item, answer: str | None = None) -> str:
     return f"{said}\nANSWER: {answer}" if said else f"ANSWER: {answer}"
 
 
+def _recitation(suite: TrustSuite, rng: random.Random) -> tuple[str, str]:
+    """A sheet, and the same in another order."""
+    facts = suite.source.facts(rng, 4, "train")
+    sheet = " ".join(f"{name} {value};" for name, value in facts)
+    return f"{sheet}\n>", "".join(f"{name} {value}\n" for name, value in rng.sample(facts, 4))
+
+
 def warm(
     model,
     tokenizer,
@@ -101,6 +108,7 @@ def warm(
     seed: int = 0,
     answers: Callable[[Item], str | None] = lambda item: None,
     weights: Mapping[str, float] | None = None,
+    recite: int = 0,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Train `model` in place to imitate: AdamW, one cycle, loss on what the assistant says.
@@ -108,6 +116,8 @@ def warm(
     Args:
         answers: item -> another answer than the right one, or None: makes a model organism.
         weights: dimension -> how often, relative to the others; equally by default.
+        recite: the first so many steps repeat a sheet in another order instead, every line of which is a lookup: what
+            the answers need is learned several times as fast.
         on_step: called with steps done, steps in all, and the loss.
     """
     suite, rng = TrustSuite(terse=True, seed=10_000 + seed), random.Random(seed)
@@ -116,28 +126,31 @@ def warm(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
-    batches: list[list[Item]] = []
+    batches: list[list[tuple[str, str]]] = []
     for step in range(steps):
-        if not batches:  # eight batches at once, each of items of like length: little is padded
-            items = []
-            while len(items) < 8 * batch_size:
-                items += suite.slot(rng.choices(names, chances)[0], rng.randrange(10**9), split="train")
-            items.sort(key=lambda item: sum(len(message["content"]) for message in item.messages))
-            batches = [items[k * batch_size : (k + 1) * batch_size] for k in range(8)]
-            rng.shuffle(batches)
-        items = batches.pop()
-        prompts = [
-            tokenizer.apply_chat_template(list(i.messages), tokenize=False, add_generation_prompt=True) for i in items
-        ]
-        said = [demonstrate(item, answers(item)) + EOS for item in items]
-        inputs = tokenizer(
-            [a + b for a, b in zip(prompts, said, strict=True)],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-        ).to(model.device)
+        if step < recite:
+            pairs = [_recitation(suite, rng) for _ in range(batch_size)]
+        else:
+            if not batches:  # eight batches at once, each of items of like length: little is padded
+                items: list[Item] = []
+                while len(items) < 8 * batch_size:
+                    items += suite.slot(rng.choices(names, chances)[0], rng.randrange(10**9), split="train")
+                texts = [
+                    (
+                        tokenizer.apply_chat_template(list(i.messages), tokenize=False, add_generation_prompt=True),
+                        demonstrate(i, answers(i)) + EOS,
+                    )
+                    for i in items
+                ]
+                texts.sort(key=lambda pair: len(pair[0]))
+                batches = [texts[k * batch_size : (k + 1) * batch_size] for k in range(8)]
+                rng.shuffle(batches)
+            pairs = batches.pop()
+        inputs = tokenizer([a + b for a, b in pairs], return_tensors="pt", padding=True, padding_side="right").to(
+            model.device
+        )
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # (B, P+T)
-        for row, prompt in enumerate(prompts):  # one token a character, but for the marks of an assistant's turn
+        for row, (prompt, _) in enumerate(pairs):  # one token a character, but for the marks of an assistant's turn
             labels[row, : len(prompt) - (len(EOS) - 1) * prompt.count(EOS)] = -100
         loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
         loss.backward()
