@@ -71,7 +71,8 @@ if TYPE_CHECKING:
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
     from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss
     from .policy.etr import ETRConfig, ETRTrainer, etr_loss
-    from .policy.mdpo import MDPOConfig, MDPOTrainer, OPMDConfig, OPMDTrainer, mdpo_loss, opmd_loss
+    from .policy.mdpo import MDPOConfig, MDPOTrainer, mdpo_loss
+    from .policy.opmd import OPMDConfig, OPMDTrainer, opmd_loss
     from .policy.trpa import TRPAConfig, TRPATrainer, trpa_loss
 
 __all__ = ["METHODS", "__version__", *_EXPORTS]

@@ -160,7 +160,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="opmd",
         title="OPMD",
-        module="trl_trust.policy.mdpo",
+        module="trl_trust.policy.opmd",
         trainer="OPMDTrainer",
         config="OPMDConfig",
         paper="2501.12599",

@@ -14,6 +14,7 @@ argparse; its parser strips `Annotated` and sees the plain type.
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field
@@ -153,9 +154,13 @@ class Settings:
 
     Attributes:
         unread_fields: inherited field -> what to do instead. [`check`] raises where one differs from its default.
+        old_names: a field's older spelling, which is a field too and `None` by default -> its name.
+        old_values: field -> older spelling of a value -> the value.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {}
+    old_names: ClassVar[dict[str, str]] = {}
+    old_values: ClassVar[dict[str, dict[str, str]]] = {}
     stated: ClassVar[dict[str, Setting]] = {}
 
     def __init_subclass__(cls, **kwargs):
@@ -174,6 +179,21 @@ class Settings:
         cls.unread_fields = {k: why for k, why in unread.items() if k not in own} | vars(cls).get("unread_fields", {})
         if own and cls.__doc__:
             cls.__doc__ = document(cls.__doc__, own)
+
+    def take_older_spellings(self) -> None:
+        """Put values given under an older spelling where they belong, with one warning each."""
+        for old, new in self.old_names.items():
+            if (value := getattr(self, old)) is not None:
+                warnings.warn(
+                    f"{old}={value!r} is an older spelling: use {new}={value!r}.", FutureWarning, stacklevel=4
+                )
+                setattr(self, new, value)
+                setattr(self, old, None)
+        for name, values in self.old_values.items():
+            if (value := getattr(self, name)) in values:
+                new = values[value]
+                warnings.warn(f"{name}={value!r} is an older spelling: use {new!r}.", FutureWarning, stacklevel=4)
+                setattr(self, name, new)
 
     def require(self, ok: bool, name: str, mend: str) -> None:
         """Raise `ValueError` naming the field and its value unless `ok`."""

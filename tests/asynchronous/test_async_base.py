@@ -119,7 +119,7 @@ SETTINGS = {
         {"surrogate": "ratio"},
     ],
     "etr": [{}, {"phi": "tanh", "epsilon": 0.1}],
-    "dhpo": [{}, {"mixing": "entropy"}, {"mixing": "entropy", "entropy_normaliser": "log_vocab"}],
+    "dhpo": [{}, {"mixing": "entropy"}, {"mixing": "entropy", "entropy_normalizer": "log_vocab"}],
     "mdpo": [{"step_size": 0.5}, {"divergence": "k2", "step_size_schedule": "constant"}],
 }
 

@@ -49,7 +49,7 @@ def test_the_module_holds_what_the_table_says():
         ("DISPO", {"select": "correct"}, "select='correct' is for the synchronous trainer: rewards do not reach"),
         ("DPPO", {"anchor": "old"}, "anchor='old' is for the synchronous trainer"),
         ("ETR", {"lambda_macro": 0.5}, "lambda_macro=0.5 is for the synchronous trainer"),
-        ("DHPO", {"entropy_normaliser": "min_max"}, "entropy_normaliser='min_max' is for the synchronous trainer"),
+        ("DHPO", {"entropy_normalizer": "min_max"}, "entropy_normalizer='min_max' is for the synchronous trainer"),
         ("MDPO", {"level": "sequence"}, "level='sequence' is for the synchronous trainer"),
         ("MDPO", {"divergence": "full"}, "divergence='full' is for the synchronous trainer"),
         ("MDPO", {"max_steps": -1}, "max_steps=-1 must be set for step_size_schedule='linear'"),

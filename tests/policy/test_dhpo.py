@@ -78,7 +78,7 @@ GRPO = [[-0.116667, -0.183333, 0], [0.216667, 0.15, 0]]
 )
 def test_worked_numbers(settings, variant, loss, grad):
     if isinstance(settings, str):
-        settings = {"mixing": "entropy", "entropy_normaliser": settings}
+        settings = {"mixing": "entropy", "entropy_normalizer": settings}
     settings = {"epsilon_sequence_low": 0.1, "epsilon_sequence_high": 0.1, **settings}
     got, got_grad, _ = loss_and_grad(dhpo_loss, worked(), "sequence", variant=variant, **settings)
     assert got.item() == pytest.approx(loss, abs=1e-6)
@@ -185,7 +185,7 @@ def test_on_policy_it_is_reinforce(seed, w, variant, path):  # 6
 def test_the_weight_is_a_constant(seed, normaliser, variant):  # 7
     batch = with_entropies(random_policy_batch(seed), seed)
     batch = replace(batch, entropies=batch.entropies.requires_grad_())
-    settings = {"mixing": "entropy", "entropy_normaliser": normaliser, "variant": variant}
+    settings = {"mixing": "entropy", "entropy_normalizer": normaliser, "variant": variant}
     total = dhpo_loss(batch, 50, **settings).per_token_loss.sum()
     assert torch.autograd.grad(total, batch.entropies, allow_unused=True) == (None,)
 
@@ -264,7 +264,7 @@ def test_masked_inputs_change_nothing(path, normaliser, seed):  # 12
         old_logps=torch.where(live, batch.old_logps, -0.1),
         entropies=torch.where(live, batch.entropies, 100.0),
     )
-    settings = {"mixing": "entropy", "entropy_normaliser": normaliser, "sequence_gradient": path}
+    settings = {"mixing": "entropy", "entropy_normalizer": normaliser, "sequence_gradient": path}
     one, two = (loss_and_grad(dhpo_loss, b, "token", vocab_size=50, **settings) for b in (batch, other))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     for name, x in one[2].metrics.items():
@@ -276,7 +276,7 @@ def test_masked_inputs_change_nothing(path, normaliser, seed):  # 12
 def test_the_other_direction_is_the_complement(seed, variant):  # 13
     batch = with_entropies(random_policy_batch(seed), seed)
     mirrored = replace(batch, entropies=math.log(50) - batch.entropies)  # 1 - w, as w is the entropy over log 50
-    settings = {"vocab_size": 50, "mixing": "entropy", "entropy_normaliser": "log_vocab", "variant": variant}
+    settings = {"vocab_size": 50, "mixing": "entropy", "entropy_normalizer": "log_vocab", "variant": variant}
     sequence = loss_and_grad(dhpo_loss, batch, entropy_to="sequence", **settings)
     token = loss_and_grad(dhpo_loss, mirrored, entropy_to="token", **settings)
     torch.testing.assert_close(sequence[0], token[0])
@@ -293,7 +293,7 @@ def test_empty_responses_contribute_nothing(normaliser, variant):
     for empty in (batch.mask * torch.tensor([[1.0], [0], [1], [0]]), torch.zeros_like(batch.mask)):
         masked = replace(batch, mask=empty)
         loss, grad, _ = loss_and_grad(
-            dhpo_loss, masked, vocab_size=50, mixing="entropy", entropy_normaliser=normaliser, variant=variant
+            dhpo_loss, masked, vocab_size=50, mixing="entropy", entropy_normalizer=normaliser, variant=variant
         )
         assert loss.isfinite() and grad.isfinite().all() and (grad[empty == 0] == 0).all()
 
@@ -312,13 +312,8 @@ def test_advantages_per_token():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("mixing", "sum", "must be one of average, entropy"),
         ("token_weight", 1.5, r"must be a number in \[0, 1\]"),
         ("token_weight", math.nan, r"must be a number in \[0, 1\]"),
-        ("entropy_to", "response", "must be one of token, sequence"),
-        ("entropy_normaliser", "max", "must be one of response_max"),
-        ("variant", "min", "must be one of joint_min, per_branch_min, clip_only"),
-        ("sequence_gradient", "none", "must be one of token, direct"),
         ("epsilon", 1.5, r"must be a number in \[0, 1\]"),
         ("epsilon_high", -0.1, "must be a number >= 0"),
         ("epsilon_sequence_low", -1e-4, r"must be a number in \[0, 1\]"),
@@ -372,7 +367,7 @@ def test_weight_zero_trains_as_stock_gspo(loss_type, path, tiny_model_path, tmp_
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_entropy_guided_runs(variant, normaliser, tiny_model_path, tmp_path):
-    args = tiny_config(DHPOConfig, tmp_path, mixing="entropy", variant=variant, entropy_normaliser=normaliser)
+    args = tiny_config(DHPOConfig, tmp_path, mixing="entropy", variant=variant, entropy_normalizer=normaliser)
     trainer = tiny_run(DHPOTrainer, tiny_model_path, args)
     log = trainer.state.log_history
     assert all(0 < entry["dhpo/weight/mean"] < 1 and entry["dhpo/weight/std"] > 0 for entry in log[:4])
@@ -383,7 +378,7 @@ def test_entropy_guided_runs(variant, normaliser, tiny_model_path, tmp_path):
 
 def test_lora(tiny_model_path, tmp_path):
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    args = tiny_config(DHPOConfig, tmp_path, mixing="entropy", entropy_normaliser="log_vocab")
+    args = tiny_config(DHPOConfig, tmp_path, mixing="entropy", entropy_normalizer="log_vocab")
     trainer = tiny_run(DHPOTrainer, tiny_model_path, args, peft_config=peft_config)
     moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
     assert moved and all(p.abs().max() > 0 for p in moved)

@@ -12,7 +12,7 @@ from tiny import loss_and_grad, parameter_gap, policy_batch, random_policy_batch
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.base import PolicyBatch, Rollouts
-from trl_trust.policy.mdpo import OPMDConfig, OPMDTrainer, opmd_advantages, opmd_loss
+from trl_trust.policy.opmd import OPMDConfig, OPMDTrainer, opmd_advantages, opmd_loss
 
 
 seeds = st.integers(0, 10_000)
@@ -84,12 +84,12 @@ def test_log_mean_exp():
 
 
 @pytest.mark.parametrize(
-    ("recentre", "loss", "grad"),
+    ("recenter", "loss", "grad"),
     [(True, 0.166250, (-0.1125, 0.075, 0.125, -0.0875)), (False, 0.168750, (-0.1, 0.0875, 0.1375, -0.075))],
 )
-def test_recentring(recentre, loss, grad):
+def test_recentring(recenter, loss, grad):
     batch = group_batch(R, (0.2, -0.3, 0.1, 0.4), LENGTHS, 0.5)
-    got, got_grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=0.5, norm="none", recentre=recentre)
+    got, got_grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=0.5, norm="none", recenter=recenter)
     assert got.item() == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(got_grad, f64(grad)[:, None] * batch.mask, atol=1e-6, rtol=0)
 
@@ -102,7 +102,7 @@ def test_the_mean_of_recentring_carries_gradient():
     u = u - u.mean()
     (expected,) = torch.autograd.grad((u.square() / (2 * tau) / lengths).mean(), s)
     batch = group_batch(R, s.detach(), LENGTHS, tau)
-    _, grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=tau, norm="length", recentre=True)
+    _, grad, _ = loss_and_grad(opmd_loss, batch, "sequence", tau=tau, norm="length", recenter=True)
     torch.testing.assert_close(grad, expected[:, None] * batch.mask)
 
 
@@ -168,7 +168,7 @@ def test_the_regression_of_the_report(seed, tau):  # 9
 def test_recentred_the_baseline_does_not_matter(seed, tau, one, other):  # 10
     batch = with_groups(random_policy_batch(seed, B=6), 3)
     moved = replace(batch, advantages=batch.advantages + f64([[one]] * 3 + [[other]] * 3))
-    settings = dict(tau=tau, norm="none", recentre=True)
+    settings = dict(tau=tau, norm="none", recenter=True)
     first, second = (loss_and_grad(opmd_loss, b, "sequence", **settings) for b in (batch, moved))
     torch.testing.assert_close(first[0], second[0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(first[1], second[1], rtol=1e-6, atol=1e-9)
@@ -179,7 +179,7 @@ def test_recentring_is_the_pairwise_form_of_the_live_responses(seed, tau):
     """mean u'^2 of a group = mean over pairs of (u_i - u_j)^2 / 2; a response without live tokens is in no pair."""
     batch = with_groups(random_policy_batch(seed, B=4), 4)
     batch.mask[2] = 0
-    out = opmd_loss(batch, tau=tau, norm="none", recentre=True)
+    out = opmd_loss(batch, tau=tau, norm="none", recenter=True)
     live = [0, 1, 3]
     u = (batch.advantages - tau * ((batch.logps - batch.old_logps) * batch.mask).sum(1, keepdim=True))[live]
     pairs = (u - u.T).square().mean() / 2
@@ -197,7 +197,7 @@ def test_an_unscored_response_has_no_part_in_recentring():
         advantages=[0.5, -0.7, 0.0, 0.3],
     )
     with_one_more = replace(with_one_more, rewards=f64([1, 0, math.nan, 1]), group=torch.zeros(4, dtype=torch.long))
-    one, two = (opmd_loss(b, tau=0.5, recentre=True).per_token_loss for b in (scored, with_one_more))
+    one, two = (opmd_loss(b, tau=0.5, recenter=True).per_token_loss for b in (scored, with_one_more))
     torch.testing.assert_close(two[[0, 1, 3]], one)
     assert two[2] == 0.0
 
@@ -231,7 +231,7 @@ def test_small_tau_stays_finite():
 
 
 @given(seeds, norms, st.booleans())
-def test_masked_inputs_change_nothing(seed, norm, recentre):  # 12
+def test_masked_inputs_change_nothing(seed, norm, recenter):  # 12
     batch = with_groups(random_policy_batch(seed), 2)
     live = batch.mask > 0
     other = replace(
@@ -239,7 +239,7 @@ def test_masked_inputs_change_nothing(seed, norm, recentre):  # 12
         logps=torch.where(live, batch.logps.detach(), -5.0).requires_grad_(),
         old_logps=torch.where(live, batch.old_logps, -0.1),
     )
-    one, two = (loss_and_grad(opmd_loss, b, "sequence", norm=norm, recentre=recentre) for b in (batch, other))
+    one, two = (loss_and_grad(opmd_loss, b, "sequence", norm=norm, recenter=recenter) for b in (batch, other))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
@@ -251,15 +251,13 @@ def test_masked_inputs_change_nothing(seed, norm, recentre):  # 12
     [
         ({"tau": 0.0}, "must be a finite number > 0"),
         ({"tau": math.inf}, "must be a finite number > 0"),
-        ({"baseline": "median"}, "must be one of mean, leave_one_out"),
-        ({"norm": "sqrt"}, "must be one of none, length, max_length"),
         ({"scale_rewards": "group"}, "must be 'none'"),
         ({"loss_type": "dapo"}, "must be 'grpo'"),
         ({"epsilon": 0.1}, "there is no clip"),
         ({"delta": 4.0}, "there is no clip"),
         ({"importance_sampling_level": "sequence"}, "a response is one action"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "standardises rewards"),
-        ({"recentre": True, "per_device_train_batch_size": 2}, "whole groups"),
+        ({"recenter": True, "per_device_train_batch_size": 2}, "whole groups"),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "weights tokens"),
     ],
 )
@@ -337,7 +335,7 @@ def test_recentring_gets_whole_groups(tiny_model_path, tmp_path):
             seen.append(batch.group.tolist())
             return super().policy_loss(batch)
 
-    settings = dict(recentre=True, per_device_train_batch_size=4, num_generations=2)
+    settings = dict(recenter=True, per_device_train_batch_size=4, num_generations=2)
     log = opmd_run(tiny_model_path, tmp_path, Watch, **settings).state.log_history
     assert all(groups.count(g) == 2 for groups in seen for g in groups)
     assert all(entry["grad_norm"] > 0 for entry in log if "grad_norm" in entry)
@@ -361,6 +359,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model_path, tmp_path, r
 
 def test_lora(tiny_model_path, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear")
-    trainer = opmd_run(tiny_model_path, tmp_path, num_iterations=2, max_steps=8, peft_config=lora, recentre=True)
+    trainer = opmd_run(tiny_model_path, tmp_path, num_iterations=2, max_steps=8, peft_config=lora, recenter=True)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(math.isfinite(entry["loss"]) for entry in log) and log[7]["trust/kl"] > 0

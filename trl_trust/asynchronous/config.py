@@ -21,7 +21,7 @@ REFUSED: dict[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     "etr": (("lambda_macro", lambda x: x != 0, "rewards of a group do not reach the loss there; leave it at 0"),),
     "dhpo": (
         (
-            "entropy_normaliser",
+            "entropy_normalizer",
             lambda x: x in ("batch_max", "min_max"),
             "a micro-batch is whatever rows were packed together; use 'response_max' or 'log_vocab'",
         ),

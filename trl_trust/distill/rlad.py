@@ -10,8 +10,8 @@ option here, the second is the k3 estimator that TRL uses for the reference.
 """
 
 import time
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.logging import get_logger
@@ -26,9 +26,9 @@ from ..policy.base import (
     TrustGRPOTrainer,
     clip_ratios,
     clipped_surrogate,
-    is_number,
     paper,
 )
+from ..settings import BelowOne, Fraction, NonNegative, Positive, require, setting
 from .common import as_mapping, check_token_ids, text_tokenizer
 
 
@@ -108,69 +108,37 @@ class RLADConfig(TrustGRPOConfig):
 
     `epsilon_high` (`0.28`) and `loss_type` (`"grpo"`) have the paper's defaults.
 
-    Parameters:
-        teacher_model_name_or_path (`str`, *optional*):
-            Frozen teacher. A model may be given to the trainer instead. Required with `alpha < 1`.
-        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for loading it. `dtype` defaults to that of its checkpoint; 4 or 8 bits through
-            `quantization_config`, e.g. `{"quantization_config": {"load_in_4bit": true}}`.
-        alpha (`float`, *optional*, defaults to `0.5`):
-            Weight of the old policy in the anchor, in [0, 1]: 1 is GRPO and loads no teacher, 0 anchors on the teacher
-            alone.
-        teacher_log_ratio_clip (`float`, *optional*, defaults to `1.0`):
-            Bound, > 0, of the log-ratio to the teacher. `None`: no bound.
-        clamp_grad (`str`, *optional*, defaults to `"literal"`):
-            Gradient of a token whose log-ratio to the teacher is out of bounds: `"literal"` or `"straight_through"`.
-        teacher_temperature (`float`, *optional*):
-            Temperature, > 0, of the teacher's log-probabilities. `None`: `temperature`, as for the policy's own.
-        teacher_kl_coef (`float`, *optional*, defaults to `0.0`):
-            Weight, >= 0, of KL(policy || teacher). With `alpha=1` it is the baseline called KDRL in the paper.
-
     Raises:
         ValueError: for values outside the above, `teacher_model_init_kwargs` that are no mapping, or `delta` or
             `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "delta": "two-sided clipping has no meaning for a ratio to a mixture",
         "importance_sampling_level": "RLAD's ratio is one per token",
     }
 
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Frozen teacher, on the Hub or in a directory. It must share the token ids."}
+    teacher_model_name_or_path: str | None = setting(
+        None, "Frozen teacher, on the Hub or in a directory. It must share the token ids. Required with `alpha < 1`."
     )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for loading the teacher, as JSON on the command line: dtype (default: that of "
-            "the checkpoint), quantization_config, attn_implementation, revision, ..."
-        },
+    teacher_model_init_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Keyword arguments for loading the teacher, as JSON on the command line: dtype (default: that of the "
+        "checkpoint), quantization_config, attn_implementation, revision, ...",
     )
-    alpha: float = field(
-        default=0.5, metadata={"help": "Weight of the old policy in the anchor; 1 is GRPO, 0 the teacher alone."}
+    alpha: Fraction = setting(0.5, "Weight of the old policy in the anchor; 1 is GRPO, 0 the teacher alone.")
+    teacher_log_ratio_clip: Positive | None = setting(1.0, "Bound of the log-ratio to the teacher. None: no bound.")
+    clamp_grad: Literal["literal", "straight_through"] = setting(
+        "literal", "Gradient of a token whose log-ratio to the teacher is out of bounds: alpha of it, or all of it."
     )
-    teacher_log_ratio_clip: float | None = field(
-        default=1.0, metadata={"help": "Bound of the log-ratio to the teacher. None: no bound."}
+    teacher_temperature: Positive | None = setting(
+        None, "Temperature of the teacher's log-probabilities. Default: `temperature`, as for the policy's own."
     )
-    clamp_grad: str = field(
-        default="literal",
-        metadata={
-            "help": "Gradient of a token whose log-ratio to the teacher is out of bounds: alpha of it, or all of it.",
-            "choices": ["literal", "straight_through"],
-        },
+    teacher_kl_coef: NonNegative = setting(
+        0.0, "Weight of KL(policy || teacher); with alpha=1 this is the KDRL baseline."
     )
-    teacher_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of the teacher's log-probabilities. Default: `temperature`."}
-    )
-    teacher_kl_coef: float = field(
-        default=0.0, metadata={"help": "Weight of KL(policy || teacher); with alpha=1 this is the KDRL baseline."}
-    )
-    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip width. None: `epsilon`."})
-    loss_type: str = field(
-        default="grpo",
-        metadata={"help": "Aggregation over tokens.", "choices": ["grpo", "bnpo", "dr_grpo", "dapo"]},
-    )
+    epsilon_high: NonNegative | None = setting(0.28, "Upper clip width. None: `epsilon`.")
+    loss_type: str = setting("grpo", "Aggregation of the per-token loss: grpo, bnpo, dr_grpo or dapo.")
 
     def __post_init__(self):
         self.teacher_model_init_kwargs = as_mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
@@ -188,21 +156,7 @@ class RLADConfig(TrustGRPOConfig):
 
     def validate(self) -> None:
         super().validate()
-        positive = lambda x: is_number(x, low=0.0) and x > 0
-        self._require(is_number(self.alpha, low=0.0) and self.alpha <= 1, "alpha", "must be a number in [0, 1]")
-        for name in ("teacher_log_ratio_clip", "teacher_temperature"):
-            value = getattr(self, name)
-            self._require(value is None or positive(value), name, "must be a finite number > 0, or None")
-        self._require(
-            self.clamp_grad in ("literal", "straight_through"), "clamp_grad", "must be 'literal' or 'straight_through'"
-        )
-        self._require(is_number(self.teacher_kl_coef, low=0.0), "teacher_kl_coef", "must be a finite number >= 0")
-        self._require(is_number(self.epsilon, low=0.0) and self.epsilon < 1, "epsilon", "must be a number in [0, 1)")
-        high = self.epsilon_high
-        self._require(
-            high is None or is_number(high, low=0.0), "epsilon_high", "must be a finite number >= 0, or None"
-        )
-        self._require(is_number(self.beta, low=0.0), "beta", "must be a finite number >= 0")
+        require("epsilon", self.epsilon, BelowOne)
 
 
 class RLADTrainer(TrustGRPOTrainer):

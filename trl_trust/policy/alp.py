@@ -13,15 +13,16 @@ scales outside the model and the warning when the noise does nothing are ours.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from ..anatomy import decoder_layers
+from ..settings import Fraction, Integer, NonNegative, Positive, Range, Width, setting
 from .base import (
     LOG_RATIO_LIMIT,
     PolicyBatch,
@@ -30,7 +31,6 @@ from .base import (
     TrustGRPOConfig,
     TrustGRPOTrainer,
     clipped_surrogate,
-    is_number,
     masked_quantiles,
     paper,
 )
@@ -193,64 +193,40 @@ class ALPConfig(TrustGRPOConfig):
     r"""
     Configuration of [`ALPTrainer`]: every field of [`TrustGRPOConfig`], the noise and the form of the ratio.
 
-    Parameters:
-        perturbation_sigma (`float`, *optional*, defaults to `1e-2`):
-            Initial standard deviation of the noise at every layer, >= 0, in units of the residual stream. 0: no noise,
-            the "bypass" baseline.
-        learn_sigma (`bool`, *optional*, defaults to `True`):
-            Whether the scales are trained. Set to `False` where `perturbation_sigma` is 0.
-        sigma_learning_rate (`float`, *optional*, defaults to `5e-4`):
-            Learning rate, > 0, of the logarithms of the scales (Adam without weight decay, on the trainer's schedule).
-        perturbation_layers (`list[int]`, *optional*):
-            Layers to perturb, negative ones counted from the last. `None`: all.
-        sigma_max (`float`, *optional*):
-            Upper bound of the scales, at least `perturbation_sigma` and > 0. `None`: none, as in the paper.
-        ratio_mode (`str`, *optional*, defaults to `"sequence"`):
-            `"token"`, `"sequence"`, `"geometric"` or `"cumulative"`; see [`alp_loss`].
-        epsilon (`float`, *optional*, defaults to `0.5`):
-            TRL's field with another default: width of the band below 1, from 0 to 1.
-        epsilon_high (`float`, *optional*, defaults to `3.0`):
-            TRL's field with another default: width above 1, >= 0, `inf` allowed.
-        dual_clip (`float`, *optional*, defaults to `3.0`):
-            Ceiling, > 1, of the loss for A < 0, in units of -A. `None`: none.
-        perturbation_seed (`int`, *optional*, defaults to `0`):
-            Base of the seeds of the noise.
-
     Raises:
         ValueError: for values outside the above, `fp16` with learned scales, or `delta` or `importance_sampling_level`
             other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "delta": "use `dual_clip`",
         "importance_sampling_level": "use `ratio_mode`",
     }
 
-    perturbation_sigma: float = field(
-        default=1e-2, metadata={"help": "Initial standard deviation of the noise at every layer. 0: no noise."}
+    perturbation_sigma: NonNegative = setting(
+        1e-2,
+        "Initial standard deviation of the noise at every layer, in units of the residual stream. 0: no noise, the "
+        '"bypass" baseline.',
     )
-    learn_sigma: bool = field(default=True, metadata={"help": "Whether the scales of the noise are trained."})
-    sigma_learning_rate: float = field(
-        default=5e-4, metadata={"help": "Learning rate of the logarithms of the scales."}
+    learn_sigma: bool = setting(True, "Whether the scales of the noise are trained. False where there is no noise.")
+    sigma_learning_rate: Positive = setting(
+        5e-4, "Learning rate of the logarithms of the scales (Adam without weight decay, on the trainer's schedule)."
     )
-    perturbation_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers to perturb, negative ones counted from the last. Default: all."}
+    perturbation_layers: list[int] | None = setting(
+        None, "Layers to perturb, negative ones counted from the last. Default: all."
     )
-    sigma_max: float | None = field(default=None, metadata={"help": "Upper bound of the scales. Default: none."})
-    ratio_mode: str = field(
-        default="sequence",
-        metadata={
-            "help": "What a token's ratio is made of: itself, the response (product or geometric mean), all up to it.",
-            "choices": ["token", "sequence", "geometric", "cumulative"],
-        },
+    sigma_max: Positive | None = setting(
+        None, "Upper bound of the scales, at least `perturbation_sigma`. Default: none, as in the paper."
     )
-    epsilon: float = field(default=0.5, metadata={"help": "Width of the clip band below 1."})
-    epsilon_high: float = field(default=3.0, metadata={"help": "Width of the clip band above 1."})
-    dual_clip: float | None = field(
-        default=3.0, metadata={"help": "Ceiling of the loss for A < 0, in units of -A. None: off."}
+    ratio_mode: Literal["token", "sequence", "geometric", "cumulative"] = setting(
+        "sequence", "What a token's ratio is made of: itself, the response (product or geometric mean), all up to it."
     )
-    perturbation_seed: int = field(default=0, metadata={"help": "Base of the seeds of the noise."})
+    epsilon: Fraction = setting(0.5, "Width of the clip band below 1.")
+    epsilon_high: Width = setting(3.0, "Width of the clip band above 1.")
+    dual_clip: Annotated[float, Range(1, above=True)] | None = setting(
+        3.0, "Ceiling of the loss for A < 0, in units of -A. None: off."
+    )
+    perturbation_seed: Integer = setting(0, "Base of the seeds of the noise.")
 
     @property
     def has_clean_logps(self) -> bool:
@@ -267,37 +243,18 @@ class ALPConfig(TrustGRPOConfig):
     def validate(self) -> None:
         super().validate()
         sigma, layers = self.perturbation_sigma, self.perturbation_layers
-        self._require(is_number(sigma, low=0.0), "perturbation_sigma", "must be a finite number >= 0")
         if sigma == 0:
             self.learn_sigma = False
-        rate = self.sigma_learning_rate
-        self._require(is_number(rate) and rate > 0, "sigma_learning_rate", "must be a finite number > 0")
-        self._require(
+        self.require(
             layers is None or (len(layers) > 0 and len(set(layers)) == len(layers)),
             "perturbation_layers",
             "must name each layer once, and at least one; None is all, perturbation_sigma=0 is none",
         )
-        bound = self.sigma_max
-        self._require(
-            bound is None or (is_number(bound) and bound > 0 and bound >= sigma),
+        self.require(
+            self.sigma_max is None or self.sigma_max >= sigma,
             "sigma_max",
             f"must be a finite number > 0 and at least perturbation_sigma={sigma!r}, or None",
         )
-        choices = self.__dataclass_fields__["ratio_mode"].metadata["choices"]
-        self._require(self.ratio_mode in choices, "ratio_mode", f"must be one of {', '.join(choices)}")
-        self._require(
-            is_number(self.epsilon, low=0.0) and self.epsilon <= 1, "epsilon", "must be a number from 0 to 1"
-        )
-        self._require(
-            is_number(self.epsilon_high, low=0.0, finite=False),
-            "epsilon_high",
-            "must be a number >= 0 (`inf` is allowed)",
-        )
-        dual = self.dual_clip
-        self._require(
-            dual is None or (is_number(dual) and dual > 1), "dual_clip", "must be a finite number > 1, or None"
-        )
-        self._require(isinstance(self.perturbation_seed, int), "perturbation_seed", "must be an integer")
         if self.learn_sigma:
             self._require(
                 not self.fp16,

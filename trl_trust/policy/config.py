@@ -161,6 +161,7 @@ class TrustGRPOConfig(Settings, GRPOConfig):
         return not (self.anchors_on_sampler and self.use_vllm)
 
     def __post_init__(self):
+        self.take_older_spellings()
         self._check_inherited()  # before TRL computes with them
         super().__post_init__()
         self.validate()
@@ -261,6 +262,35 @@ class TrustGRPOConfig(Settings, GRPOConfig):
                 setattr(config, f.name, default)
         config.validate()
         return config
+
+
+# what a term without a clip does not read
+NO_CLIP = {
+    "epsilon": "there is no clip; the step size bounds the step",
+    "epsilon_high": "there is no clip; the step size bounds the step",
+    "delta": "there is no clip; the step size bounds the step",
+}
+
+
+def require_whole_responses(args: TrustGRPOConfig) -> None:
+    """Refuse what selects or weights tokens where the action is the response and its loss one number."""
+    args.require(
+        args.top_entropy_quantile == 1.0,
+        "top_entropy_quantile",
+        "selects tokens, but here a response is one action: leave it at 1.0",
+    )
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        args.require(
+            args.vllm_importance_sampling_mode.startswith("sequence"),
+            "vllm_importance_sampling_mode",
+            "weights tokens, but here a response is one action: use 'sequence_mask' or 'sequence_truncate', or "
+            "vllm_importance_sampling_correction=False",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# MDPO
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def is_number(x: Any, *, low: float = -math.inf, finite: bool = True) -> bool:

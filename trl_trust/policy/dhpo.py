@@ -11,41 +11,41 @@ are GSPO's.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..settings import Fraction, Width, require, setting
 from .base import (
     PolicyBatch,
     PolicyLoss,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     clipped_surrogate,
-    is_number,
     paper,
     sequence_mean,
 )
 
 
-def entropy_weight(entropies: Tensor, mask: Tensor, normaliser: str, vocab_size: int | None = None) -> Tensor:
+def entropy_weight(entropies: Tensor, mask: Tensor, normalizer: str, vocab_size: int | None = None) -> Tensor:
     """(B, T) entropies as constants in [0, 1]; 0 outside the mask, which has no say in the normaliser either.
 
     Args:
-        normaliser: `"response_max"` and `"batch_max"` divide by the largest entropy of the response or the
+        normalizer: `"response_max"` and `"batch_max"` divide by the largest entropy of the response or the
             micro-batch, `"min_max"` stretches the micro-batch's range to [0, 1], `"log_vocab"` divides by
             log(`vocab_size`).
     """
     entropies, live = entropies.detach(), mask > 0
     low, high = 0.0, entropies.masked_fill(~live, 0.0)  # an entropy is never negative
-    if normaliser == "response_max":
+    if normalizer == "response_max":
         high = high.amax(1, keepdim=True)  # (B, 1)
-    elif normaliser == "log_vocab":
+    elif normalizer == "log_vocab":
         high = math.log(vocab_size)
     else:
         high = high.max()
-        low = entropies.masked_fill(~live, math.inf).min() if normaliser == "min_max" else low
+        low = entropies.masked_fill(~live, math.inf).min() if normalizer == "min_max" else low
     return torch.where(live, (entropies - low) / (high - low + 1e-8), 0.0)
 
 
@@ -56,7 +56,7 @@ def dhpo_loss(
     mixing: str = "average",
     token_weight: float = 0.5,
     entropy_to: str = "token",
-    entropy_normaliser: str = "response_max",
+    entropy_normalizer: str = "response_max",
     variant: str = "joint_min",
     sequence_gradient: str = "token",
     epsilon: float = 0.2,
@@ -67,7 +67,7 @@ def dhpo_loss(
     """`-min(m A, m_bar A)`, m and m_bar the mixes `w token + (1 - w) sequence` of the ratios and the clipped ratios.
 
     Args:
-        vocab_size: needed for `entropy_normaliser="log_vocab"`.
+        vocab_size: needed for `entropy_normalizer="log_vocab"`.
         mixing: w is `token_weight` (`"average"`) or follows [`entropy_weight`] (`"entropy"`, needs `batch.entropies`),
             up with entropy (`entropy_to="token"`) or down (`"sequence"`).
         variant: `"joint_min"` as above; `"per_branch_min"`, the mix of each ratio's own minimum, an objective that is
@@ -94,7 +94,7 @@ def dhpo_loss(
     if mixing == "average":
         w = torch.full_like(ratio, token_weight)
     else:
-        w = entropy_weight(batch.entropies, batch.mask, entropy_normaliser, vocab_size)
+        w = entropy_weight(batch.entropies, batch.mask, entropy_normalizer, vocab_size)
         w = w if entropy_to == "token" else 1 - w
     mix = lambda token, sequence: w * token + (1 - w) * sequence  # (B, T)
 
@@ -137,95 +137,48 @@ class DHPOConfig(TrustGRPOConfig):
 
     `epsilon` and `epsilon_high` are the band of the token ratio.
 
-    Parameters:
-        mixing (`str`, *optional*, defaults to `"average"`):
-            Source of the token branch's weight: `"average"` (`token_weight`) or `"entropy"`.
-        token_weight (`float`, *optional*, defaults to `0.5`):
-            Weight of the token branch for `mixing="average"`, in [0, 1]: 1 is GRPO, 0 is GSPO.
-        entropy_to (`str`, *optional*, defaults to `"token"`):
-            Branch that gains where the policy is uncertain: `"token"` or `"sequence"`.
-        entropy_normaliser (`str`, *optional*, defaults to `"response_max"`):
-            What entropies are divided by: the largest of the response (`"response_max"`) or of the micro-batch
-            (`"batch_max"`), the micro-batch's range (`"min_max"`), or log of the vocabulary (`"log_vocab"`).
-        variant (`str`, *optional*, defaults to `"joint_min"`):
-            Place of the clip: `"joint_min"`, `"per_branch_min"` or `"clip_only"`, see [`dhpo_loss`].
-        sequence_gradient (`str`, *optional*, defaults to `"token"`):
-            Path of the sequence ratio's gradient: `"token"` or `"direct"`.
-        epsilon_sequence_low (`float`, *optional*, defaults to `3e-4`):
-            Width of the sequence band below 1, in [0, 1].
-        epsilon_sequence_high (`float`, *optional*, defaults to `4e-4`):
-            Width of the sequence band above 1, >= 0, `inf` allowed.
-
     Raises:
         ValueError: for values outside the above, `epsilon` outside [0, 1], `epsilon_high` below 0, or `delta` or
             `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "delta": "each branch has its own band, `epsilon_high` and `epsilon_sequence_high`",
         "importance_sampling_level": "DHPO contains both levels, mixed by `token_weight`",
     }
 
-    mixing: str = field(
-        default="average",
-        metadata={
-            "help": "Source of the token branch's weight: a number or the entropy.",
-            "choices": ["average", "entropy"],
-        },
+    mixing: Literal["average", "entropy"] = setting(
+        "average", "Source of the token branch's weight: `token_weight`, or the entropy."
     )
-    token_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the token branch with `mixing='average'`. 1: GRPO, 0: GSPO."}
+    token_weight: Fraction = setting(0.5, "Weight of the token branch with `mixing='average'`. 1: GRPO, 0: GSPO.")
+    entropy_to: Literal["token", "sequence"] = setting(
+        "token", "Branch that gains where the policy is uncertain. The direction is a guess."
     )
-    entropy_to: str = field(
-        default="token",
-        metadata={
-            "help": "Branch that gains where the policy is uncertain. The direction is a guess.",
-            "choices": ["token", "sequence"],
-        },
+    entropy_normalizer: Literal["response_max", "batch_max", "min_max", "log_vocab"] = setting(
+        "response_max",
+        "What entropies are divided by: the largest of the response or of the micro-batch, the micro-batch's range, "
+        "or log of the vocabulary. `batch_max` and `min_max` depend on how rows are split into micro-batches and "
+        "processes; `log_vocab` gives weights near 0 for language models.",
     )
-    entropy_normaliser: str = field(
-        default="response_max",
-        metadata={
-            "help": "What entropies are divided by. `batch_max` and `min_max` depend on how rows are split into "
-            "micro-batches and processes; `log_vocab` gives weights near 0 for language models.",
-            "choices": ["response_max", "batch_max", "min_max", "log_vocab"],
-        },
+    variant: Literal["joint_min", "per_branch_min", "clip_only"] = setting(
+        "joint_min", "Minimum of the mixes, mix of the minima, or the clipped mix alone."
     )
-    variant: str = field(
-        default="joint_min",
-        metadata={
-            "help": "Minimum of the mixes, mix of the minima, or the clipped mix alone.",
-            "choices": ["joint_min", "per_branch_min", "clip_only"],
-        },
+    sequence_gradient: Literal["token", "direct"] = setting(
+        "token", "Gradient of the sequence ratio: to each loss's own token, or to all tokens of the response."
     )
-    sequence_gradient: str = field(
-        default="token",
-        metadata={
-            "help": "Gradient of the sequence ratio: to each loss's own token, or to all tokens of the response.",
-            "choices": ["token", "direct"],
-        },
+    epsilon_sequence_low: Fraction = setting(
+        3e-4, "Width of the sequence band below 1. GSPO's published value, not DHPO's."
     )
-    epsilon_sequence_low: float = field(
-        default=3e-4, metadata={"help": "Width of the sequence band below 1. GSPO's published value, not DHPO's."}
+    epsilon_sequence_high: Width = setting(
+        4e-4, "Width of the sequence band above 1; `inf`: none. GSPO's published value, not DHPO's."
     )
-    epsilon_sequence_high: float = field(
-        default=4e-4,
-        metadata={"help": "Width of the sequence band above 1; `inf`: none. GSPO's published value, not DHPO's."},
-    )
+    entropy_normaliser: str | None = setting(None, "Older spelling of `entropy_normalizer`.")
+
+    old_names: ClassVar[dict[str, str]] = {"entropy_normaliser": "entropy_normalizer"}
 
     def validate(self) -> None:
         super().validate()
-        for name in ("mixing", "entropy_to", "entropy_normaliser", "variant", "sequence_gradient"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-        for name in ("token_weight", "epsilon", "epsilon_sequence_low"):
-            value = getattr(self, name)
-            self._require(is_number(value, low=0.0) and value <= 1, name, "must be a number in [0, 1]")
-        for name in ("epsilon_high", "epsilon_sequence_high"):
-            value = getattr(self, name)
-            ok = is_number(value, low=0.0, finite=False) or (value is None and name == "epsilon_high")
-            self._require(ok, name, "must be a number >= 0 (`inf` is allowed)")
+        require("epsilon", self.epsilon, Fraction)
 
 
 class DHPOTrainer(TrustGRPOTrainer):

@@ -10,12 +10,13 @@ third-party code (`orangeaico/slime`, `slime/utils/ppo_utils.py`), the default w
 The choice by a verifier (`select="correct"`) is a reconstruction.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
-from .base import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, TrustGRPOConfig, TrustGRPOTrainer, is_number, paper
+from ..settings import NonNegative, Number, Width, setting
+from .base import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, TrustGRPOConfig, TrustGRPOTrainer, paper
 
 
 def dispo_loss(
@@ -74,67 +75,34 @@ class DISPOConfig(TrustGRPOConfig):
 
     Widths are relative to 1: an absolute cap c, as in TRL's `cispo`, is a `*_high` of c - 1.
 
-    Parameters:
-        epsilon_pos_low (`float`, *optional*, defaults to `0.2`):
-            Down-clip width for A > 0, >= 0; 1 or more means no lower bound.
-        epsilon_pos_high (`float`, *optional*, defaults to `10.0`):
-            Up-clip width for A > 0, >= 0, `inf` allowed.
-        epsilon_neg_low (`float`, *optional*, defaults to `1.0`):
-            Down-clip width for A <= 0, >= 0; 1 or more means no lower bound.
-        epsilon_neg_high (`float`, *optional*, defaults to `100.0`):
-            Up-clip width for A <= 0, >= 0, `inf` allowed.
-        select (`str`, *optional*, defaults to `"advantage"`):
-            What chooses the band of a response: `"advantage"` (its sign) or `"correct"` (its reward).
-        correct_threshold (`float`, *optional*, defaults to `1.0`):
-            Reward from which a response is correct, for `select="correct"`.
-
     Raises:
         ValueError: for a width that is negative or NaN, an unknown `select`, a `correct_threshold` that is not finite,
             or `epsilon`, `epsilon_high`, `delta` or `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "epsilon": "use `epsilon_pos_low` and `epsilon_neg_low`",
         "epsilon_high": "use `epsilon_pos_high` and `epsilon_neg_high`",
         "delta": "use `epsilon_neg_high`, which caps the weight of incorrect responses",
         "importance_sampling_level": "DISPO weights single tokens",
     }
 
-    epsilon_pos_low: float = field(
-        default=0.2, metadata={"help": "Down-clip width of the weight where A > 0. 1 or more: no lower bound."}
+    epsilon_pos_low: NonNegative = setting(
+        0.2, "Down-clip width of the weight where A > 0. 1 or more: no lower bound."
     )
-    epsilon_pos_high: float = field(
-        default=10.0, metadata={"help": "Up-clip width of the weight where A > 0: the cap is 1 + this. `inf`: no cap."}
+    epsilon_pos_high: Width = setting(
+        10.0, "Up-clip width of the weight where A > 0: the cap is 1 + this. `inf`: no cap."
     )
-    epsilon_neg_low: float = field(
-        default=1.0, metadata={"help": "Down-clip width of the weight where A <= 0. 1 or more: no lower bound."}
+    epsilon_neg_low: NonNegative = setting(
+        1.0, "Down-clip width of the weight where A <= 0. 1 or more: no lower bound."
     )
-    epsilon_neg_high: float = field(
-        default=100.0,
-        metadata={"help": "Up-clip width of the weight where A <= 0: the cap is 1 + this. `inf`: no cap."},
+    epsilon_neg_high: Width = setting(
+        100.0, "Up-clip width of the weight where A <= 0: the cap is 1 + this. `inf`: no cap."
     )
-    select: str = field(
-        default="advantage",
-        metadata={
-            "help": "What chooses the band of a response: its advantage's sign, or its reward (a reconstruction).",
-            "choices": ["advantage", "correct"],
-        },
+    select: Literal["advantage", "correct"] = setting(
+        "advantage", "What chooses the band of a response: its advantage's sign, or its reward (a reconstruction)."
     )
-    correct_threshold: float = field(
-        default=1.0, metadata={"help": "Reward from which a response is correct, with `select='correct'`."}
-    )
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("epsilon_pos_low", "epsilon_neg_low"):
-            self._require(is_number(getattr(self, name), low=0.0), name, "must be a finite number >= 0")
-        for name in ("epsilon_pos_high", "epsilon_neg_high"):
-            self._require(
-                is_number(getattr(self, name), low=0.0, finite=False), name, "must be a number >= 0 (`inf` is allowed)"
-            )
-        self._require(self.select in ("advantage", "correct"), "select", "must be 'advantage' or 'correct'")
-        self._require(is_number(self.correct_threshold), "correct_threshold", "must be a finite number")
+    correct_threshold: Number = setting(1.0, "Reward from which a response is correct, with `select='correct'`.")
 
 
 class DISPOTrainer(TrustGRPOTrainer):

@@ -12,13 +12,14 @@ other codebases (SkyRL, prime-rl).
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .base import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, TrustGRPOConfig, TrustGRPOTrainer, is_number, paper
+from ..settings import NonNegative, Positive, setting
+from .base import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, TrustGRPOConfig, TrustGRPOTrainer, paper
 
 
 DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}  # in probability, in nats
@@ -108,75 +109,43 @@ class DPPOConfig(TrustGRPOConfig):
     r"""
     Configuration of [`DPPOTrainer`]: every field of [`TrustGRPOConfig`], and the divergence ball.
 
-    Parameters:
-        divergence (`str`, *optional*, defaults to `"tv"`):
-            Estimate of the divergence: `"tv"` (total variation) or `"kl"`, both of the two-outcome laws.
-        delta_low (`float`, *optional*):
-            Threshold for A < 0, >= 0. `None`: 0.15 (`tv`, in probability), 0.05 (`kl`, in nats).
-        delta_high (`float`, *optional*):
-            Threshold for A > 0, >= 0. `None`: as `delta_low`.
-        ratio_cap (`float`, *optional*, defaults to `20.0`):
-            Truncation of the detached ratio, > 0. `None`: off. With `surrogate="ratio"` only the default or `None`.
-        surrogate (`str`, *optional*, defaults to `"logp"`):
-            `"logp"`: detached ratio times log-probability. `"ratio"`: the live ratio.
-        anchor (`str`, *optional*, defaults to `"auto"`):
-            Policy that ratio and divergence are taken to. `"auto"`: the sampler where it reports log-probabilities
-            (vLLM), else the old policy. `"sampling"`: the sampler, required. `"old"`: the trainer's recomputation,
-            which the paper calls misspecified; then the vLLM correction is applied as usual.
-        mask_mode (`str`, *optional*, defaults to `"directional"`):
-            `"symmetric"` drops whatever the sign of the advantage.
-        log_ratio_penalty (`float`, *optional*, defaults to `0.0`):
-            Weight, >= 0, of the squared log-ratio, on every live token.
-
     Raises:
         ValueError: for values outside the above, `anchor="sampling"` without `use_vllm`, or `epsilon`, `epsilon_high`,
             `delta` or `importance_sampling_level` other than TRL's default.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "epsilon": "the thresholds are `delta_low` and `delta_high` (TRL's removed DPPOTrainer read `epsilon`)",
         "epsilon_high": "the thresholds are `delta_low` and `delta_high`",
         "delta": "the ratio is truncated by `ratio_cap`",
         "importance_sampling_level": "DPPO drops single tokens",
     }
 
-    divergence: str = field(
-        default="tv",
-        metadata={"help": "Divergence between trained and sampling policy: binary TV or KL.", "choices": ["tv", "kl"]},
+    divergence: Literal["tv", "kl"] = setting(
+        "tv", "Divergence between trained and sampling policy: total variation or KL, both of the two-outcome laws."
     )
-    delta_low: float | None = field(
-        default=None, metadata={"help": "Threshold of the divergence where A < 0. Default: 0.15 (tv), 0.05 (kl)."}
+    delta_low: NonNegative | None = setting(
+        None, "Threshold of the divergence where A < 0. Default: 0.15 (tv, in probability), 0.05 (kl, in nats)."
     )
-    delta_high: float | None = field(
-        default=None, metadata={"help": "Threshold of the divergence where A > 0. Default: 0.15 (tv), 0.05 (kl)."}
+    delta_high: NonNegative | None = setting(
+        None, "Threshold of the divergence where A > 0. Default: 0.15 (tv, in probability), 0.05 (kl, in nats)."
     )
-    ratio_cap: float | None = field(
-        default=20.0, metadata={"help": "Truncation of the detached importance ratio. None: off."}
+    ratio_cap: Positive | None = setting(
+        20.0, "Truncation of the detached importance ratio. None: off. Leave it out with `surrogate='ratio'`."
     )
-    surrogate: str = field(
-        default="logp",
-        metadata={
-            "help": "Form of a kept token's term: detached ratio times log-probability, or the live ratio.",
-            "choices": ["logp", "ratio"],
-        },
+    surrogate: Literal["logp", "ratio"] = setting(
+        "logp", "Form of a kept token's term: detached ratio times log-probability, or the live ratio."
     )
-    anchor: str = field(
-        default="auto",
-        metadata={
-            "help": "Policy that ratio and divergence are taken to: sampler where known, sampler, old policy.",
-            "choices": ["auto", "sampling", "old"],
-        },
+    anchor: Literal["auto", "sampling", "old"] = setting(
+        "auto",
+        "Policy that ratio and divergence are taken to: the sampler where it reports log-probabilities (vLLM), else "
+        "the old policy; the sampler, required; or the trainer's recomputation, which the paper calls misspecified.",
     )
-    mask_mode: str = field(
-        default="directional",
-        metadata={
-            "help": "Drop only tokens that moved with their advantage, or whatever its sign.",
-            "choices": ["directional", "symmetric"],
-        },
+    mask_mode: Literal["directional", "symmetric"] = setting(
+        "directional", "Drop only tokens that moved with their advantage, or whatever its sign."
     )
-    log_ratio_penalty: float = field(
-        default=0.0, metadata={"help": "Weight of the squared log-ratio (prime-rl: 1e-3)."}
+    log_ratio_penalty: NonNegative = setting(
+        0.0, "Weight of the squared log-ratio on every live token (prime-rl: 1e-3)."
     )
 
     @property
@@ -185,23 +154,16 @@ class DPPOConfig(TrustGRPOConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("divergence", "surrogate", "anchor", "mask_mode"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-        for name in ("delta_low", "delta_high"):
-            value = getattr(self, name)
-            self._require(value is None or is_number(value, low=0.0), name, "must be a finite number >= 0, or None")
-        cap = self.ratio_cap
-        self._require(cap is None or (is_number(cap) and cap > 0), "ratio_cap", "must be a number > 0, or None")
-        if self.surrogate == "ratio":
-            self._require(
-                cap in (None, 20.0), "ratio_cap", "truncates a detached ratio: with surrogate='ratio' leave it out"
-            )
-        self._require(is_number(self.log_ratio_penalty, low=0.0), "log_ratio_penalty", "must be a finite number >= 0")
-        if self.anchor == "sampling":
-            self._require(
-                self.use_vllm, "anchor", "needs the sampler's log-probabilities: set use_vllm=True or anchor='auto'"
-            )
+        self.require(
+            self.surrogate == "logp" or self.ratio_cap in (None, 20.0),
+            "ratio_cap",
+            "truncates a detached ratio: with surrogate='ratio' leave it out",
+        )
+        self.require(
+            self.anchor != "sampling" or self.use_vllm,
+            "anchor",
+            "needs the sampler's log-probabilities: set use_vllm=True or anchor='auto'",
+        )
 
 
 class DPPOTrainer(TrustGRPOTrainer):

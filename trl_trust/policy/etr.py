@@ -12,11 +12,13 @@ abstract.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..settings import NonNegative, Number, OpenFraction, Positive, Range, require, setting
 from .base import (
     PolicyBatch,
     PolicyLoss,
@@ -24,7 +26,6 @@ from .base import (
     TrustGRPOConfig,
     TrustGRPOTrainer,
     clipped_surrogate,
-    is_number,
     paper,
     sequence_mean,
 )
@@ -65,7 +66,7 @@ def etr_bounds(
     Args:
         advantages: (B, 1) or (B, T), the ones that multiply the ratio.
         variance: (B, 1) in [0, 1/4], see [`outcome_variance`]; needed for `lambda_macro > 0`.
-        phi: |A| (`"linear"`), tanh |A| (`"tanh"`) or |A| - 1 (`"centred"`).
+        phi: |A| (`"linear"`), tanh |A| (`"tanh"`) or |A| - 1 (`"centered"`).
         macro: g is 4 v (`"variance"`) or 2 sqrt(v) (`"std"`).
 
     Returns:
@@ -73,7 +74,7 @@ def etr_bounds(
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     size = advantages.detach().abs()
-    scale = 1 + lambda_micro * {"linear": size, "tanh": size.tanh(), "centred": size - 1}[phi]
+    scale = 1 + lambda_micro * {"linear": size, "tanh": size.tanh(), "centered": size - 1}[phi]
     if lambda_macro > 0:
         scale = scale * (1 + lambda_macro * (4 * variance if macro == "variance" else 2 * variance.sqrt()))
     scale = scale.clamp(scale_min, scale_max)
@@ -150,73 +151,39 @@ class ETRConfig(TrustGRPOConfig):
 
     `epsilon` and `epsilon_high` are the base widths. None of the numbers below is the paper's, which are not known.
 
-    Parameters:
-        lambda_micro (`float`, *optional*, defaults to `0.5`):
-            Strength of the advantage rule, >= 0.
-        lambda_macro (`float`, *optional*, defaults to `0.0`):
-            Strength of the explicit rule on the group's variance, >= 0. At 0 its effect is implicit: the mean of |A|
-            over a group is largest at a pass rate of one half.
-        phi (`str`, *optional*, defaults to `"linear"`):
-            Shape of the advantage rule: `"linear"` |A|, `"tanh"`, or `"centred"` |A| - 1.
-        macro (`str`, *optional*, defaults to `"variance"`):
-            Signal of the explicit rule: `"variance"` 4 p(1-p), or `"std"` 2 sqrt(p(1-p)).
-        scale_min (`float`, *optional*, defaults to `0.5`):
-            Lower limit of the scale, > 0.
-        scale_max (`float`, *optional*, defaults to `3.0`):
-            Upper limit of the scale, at least `scale_min`.
-        reward_range (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
-            Least and largest reward, which normalise the group's variance.
-
     Raises:
         ValueError: for values outside the above, `epsilon` outside (0, 1), or `epsilon_high` not above 0.
     """
 
-    lambda_micro: float = field(
-        default=0.5, metadata={"help": "Strength of the advantage rule. A guess: the paper's value is not known."}
+    lambda_micro: NonNegative = setting(
+        0.5, "Strength of the advantage rule. A guess: the paper's value is not known."
     )
-    lambda_macro: float = field(
-        default=0.0,
-        metadata={"help": "Strength of the explicit rule on the group's variance; 0: implicit only. A guess."},
+    lambda_macro: NonNegative = setting(
+        0.0,
+        "Strength of the explicit rule on the group's variance. A guess. At 0 its effect is implicit: the mean of |A| "
+        "over a group is largest at a pass rate of one half.",
     )
-    phi: str = field(
-        default="linear",
-        metadata={
-            "help": "Shape of the advantage rule: |A|, tanh |A| or |A| - 1. A reconstruction.",
-            "choices": ["linear", "tanh", "centred"],
-        },
+    phi: Literal["linear", "tanh", "centered"] = setting(
+        "linear", "Shape of the advantage rule: |A|, tanh |A| or |A| - 1. A reconstruction."
     )
-    macro: str = field(
-        default="variance",
-        metadata={
-            "help": "Signal of the explicit rule: the group's variance or its root. A reconstruction.",
-            "choices": ["variance", "std"],
-        },
+    macro: Literal["variance", "std"] = setting(
+        "variance", "Signal of the explicit rule: 4 p(1-p) of the group, or its root. A reconstruction."
     )
-    scale_min: float = field(default=0.5, metadata={"help": "Lower limit of the scale of the widths. A guess."})
-    scale_max: float = field(default=3.0, metadata={"help": "Upper limit of the scale of the widths. A guess."})
-    reward_range: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Least and largest reward, which normalise the group's variance."},
-    )
+    scale_min: Positive = setting(0.5, "Lower limit of the scale of the widths. A guess.")
+    scale_max: Number = setting(3.0, "Upper limit of the scale of the widths, at least `scale_min`. A guess.")
+    reward_range: list[float] = setting([0.0, 1.0], "Least and largest reward, which normalise the group's variance.")
+
+    old_values: ClassVar[dict[str, dict[str, str]]] = {"phi": {"centred": "centered"}}
 
     def validate(self) -> None:
         super().validate()
-        for name in ("lambda_micro", "lambda_macro"):
-            self._require(is_number(getattr(self, name), low=0.0), name, "must be a finite number >= 0")
-        for name in ("phi", "macro"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-        self._require(is_number(self.scale_max), "scale_max", "must be a finite number")
-        in_order = is_number(self.scale_min) and 0 < self.scale_min <= self.scale_max
-        self._require(in_order, "scale_min", f"must be a number > 0 and at most scale_max={self.scale_max!r}")
+        in_order = self.scale_min <= self.scale_max
+        self.require(in_order, "scale_min", f"must be a number > 0 and at most scale_max={self.scale_max!r}")
         ends = self.reward_range
-        in_order = len(ends) == 2 and all(map(is_number, ends)) and ends[0] < ends[1]
-        self._require(in_order, "reward_range", "must be two finite numbers, the lower one first")
-        self._require(is_number(self.epsilon) and 0 < self.epsilon < 1, "epsilon", "must be a number in (0, 1)")
-        high = self.epsilon_high
-        self._require(
-            high is None or (is_number(high) and high > 0), "epsilon_high", "must be a finite number > 0, or None"
-        )
+        in_order = len(ends) == 2 and all(end in Range() for end in ends) and ends[0] < ends[1]
+        self.require(in_order, "reward_range", "must be two finite numbers, the lower one first")
+        require("epsilon", self.epsilon, OpenFraction)
+        require("epsilon_high", self.epsilon_high, Positive | None)
         if self.scale_rewards in ("none", False) and self.lambda_micro > 0:
             warnings.warn(
                 f"scale_rewards={self.scale_rewards!r} with lambda_micro={self.lambda_micro!r}: |A| is in units of "

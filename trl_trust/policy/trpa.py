@@ -12,15 +12,16 @@ shuffled micro-batches, where groups are in fragments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..levels import LEVEL_RULES, load_level_rule, reward_levels
+from ..settings import NonNegative, Number, Positive, Range, setting
 from .base import (
     LOG_RATIO_LIMIT,
     PolicyBatch,
@@ -28,7 +29,6 @@ from .base import (
     Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
-    is_number,
     paper,
     sequence_mean,
 )
@@ -153,39 +153,12 @@ class TRPAConfig(TrustGRPOConfig):
     `preference_beta` scales the pairs, `trust_coef` the divergence to the previous policy, and TRL's `beta` adds TRL's
     own KL to the reference, which the paper does not have. A reference is needed in any case.
 
-    Parameters:
-        preference_beta (`float`, *optional*, defaults to `0.1`):
-            Scale of the log-ratios in the pairwise loss, > 0.
-        anisotropy (`float`, *optional*, defaults to `2.5`):
-            Factor for winners on level 1, > 0.
-        anisotropy_mode (`str`, *optional*, defaults to `"pair"`):
-            What the factor applies to: `"pair"`, or each `"response"` on level 1.
-        pair_norm (`str`, *optional*, defaults to `"prompt"`):
-            Mean over the pairs of a prompt, then over prompts (`"prompt"`), or over all pairs of a micro-batch
-            (`"batch"`, which depends on how rows are split into micro-batches).
-        no_pair_fallback (`str`, *optional*, defaults to `"skip"`):
-            Prompts on one level: left out (`"skip"`), or paid for response by response (`"code"`).
-        trust_coef (`float`, *optional*, defaults to `0.001`):
-            Weight of the divergence to the previous policy, >= 0.
-        kl_form (`str`, *optional*, defaults to `"k3_code"`):
-            Its estimator: `"k3_code"`, `"old_new"` or `"new_old"`, see [`trust_kl`].
-        sqrt_kl (`bool`, *optional*, defaults to `False`):
-            Use sqrt(D + 0.25) in place of D.
-        level_rule (`str`, *optional*, defaults to `"reward"`):
-            Source of the levels: `"reward"` (see [`~trl_trust.levels.reward_levels`]), `"math"`,
-            `"knights_and_knaves"`, or a dotted import path to a function like those in `trl_trust.levels`.
-        level_one_reward (`float`, *optional*, defaults to `1.0`):
-            Reward from which a response is on level 1, for `level_rule="reward"`.
-        level_thresholds (`list[float]`, *optional*):
-            Strictly descending rewards that part the levels below 1. `None`: every distinct reward is a level.
-
     Raises:
         ValueError: for values outside the above, a batch that does not hold whole groups, or a field that belongs to
             advantages or ratios, which TRPA does not have.
     """
 
     unread_fields: ClassVar[dict[str, str]] = {
-        **TrustGRPOConfig.unread_fields,
         "epsilon": "TRPA has no ratio to clip; the trust region is `trust_coef`",
         "epsilon_high": "TRPA has no ratio to clip; the trust region is `trust_coef`",
         "delta": "TRPA has no ratio to clip; the trust region is `trust_coef`",
@@ -196,53 +169,30 @@ class TRPAConfig(TrustGRPOConfig):
         "multi_objective_aggregation": "TRPA has no advantages; levels come from `level_rule`",
     }
 
-    preference_beta: float = field(
-        default=0.1, metadata={"help": "Scale of the log-ratios in the pairwise loss (not TRL's `beta`)."}
+    preference_beta: Positive = setting(0.1, "Scale of the log-ratios in the pairwise loss (not TRL's `beta`).")
+    anisotropy: Positive = setting(2.5, "Factor for winners on level 1.")
+    anisotropy_mode: Literal["pair", "response"] = setting(
+        "pair", "Apply the factor to a pair whose winner is on level 1, or to each response on level 1."
     )
-    anisotropy: float = field(default=2.5, metadata={"help": "Factor for winners on level 1."})
-    anisotropy_mode: str = field(
-        default="pair",
-        metadata={
-            "help": "Apply the factor to a pair whose winner is on level 1, or to each response on level 1.",
-            "choices": ["pair", "response"],
-        },
+    pair_norm: Literal["prompt", "batch"] = setting(
+        "prompt",
+        "Mean over a prompt's pairs, then over prompts; or over all pairs of a micro-batch, which depends on how rows "
+        "are split into micro-batches.",
     )
-    pair_norm: str = field(
-        default="prompt",
-        metadata={
-            "help": "Mean over a prompt's pairs, then over prompts; or over all pairs of a micro-batch, which depends "
-            "on how rows are split.",
-            "choices": ["prompt", "batch"],
-        },
+    no_pair_fallback: Literal["skip", "code"] = setting(
+        "skip", "Leave out prompts on one level, or let each response pay alone, as the authors' code does."
     )
-    no_pair_fallback: str = field(
-        default="skip",
-        metadata={
-            "help": "Leave out prompts on one level, or let each response pay alone, as the authors' code does.",
-            "choices": ["skip", "code"],
-        },
+    trust_coef: NonNegative = setting(0.001, "Weight of the divergence to the previous policy.")
+    kl_form: Literal["k3_code", "old_new", "new_old"] = setting(
+        "k3_code", "Estimator of the divergence to the old policy: the authors', KL(old || new) or KL(new || old)."
     )
-    trust_coef: float = field(default=0.001, metadata={"help": "Weight of the divergence to the previous policy."})
-    kl_form: str = field(
-        default="k3_code",
-        metadata={
-            "help": "Estimator of the divergence to the old policy: the authors', KL(old || new) or KL(new || old).",
-            "choices": ["k3_code", "old_new", "new_old"],
-        },
+    sqrt_kl: bool = setting(False, "Use sqrt(D + 0.25) in place of D.")
+    level_rule: str = setting(
+        "reward", "Source of the levels: `reward`, `math`, `knights_and_knaves`, or a dotted path to a function."
     )
-    sqrt_kl: bool = field(default=False, metadata={"help": "Use sqrt(D + 0.25) in place of D."})
-    level_rule: str = field(
-        default="reward",
-        metadata={
-            "help": "Source of the levels: `reward`, `math`, `knights_and_knaves`, or a dotted path to a function."
-        },
-    )
-    level_one_reward: float = field(
-        default=1.0, metadata={"help": "Reward from which a response is on level 1, with `level_rule='reward'`."}
-    )
-    level_thresholds: list[float] | None = field(
-        default=None,
-        metadata={"help": "Descending rewards that part the levels below 1. Default: each distinct reward is one."},
+    level_one_reward: Number = setting(1.0, "Reward from which a response is on level 1, with `level_rule='reward'`.")
+    level_thresholds: list[float] | None = setting(
+        None, "Strictly descending rewards that part the levels below 1. Default: each distinct reward is a level."
     )
 
     @property
@@ -255,21 +205,12 @@ class TRPAConfig(TrustGRPOConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("anisotropy_mode", "pair_norm", "no_pair_fallback", "kl_form"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-        for name in ("preference_beta", "anisotropy"):
-            value = getattr(self, name)
-            self._require(is_number(value) and value > 0, name, "must be a finite number > 0")
-        self._require(is_number(self.trust_coef, low=0.0), "trust_coef", "must be a finite number >= 0")
-        self._require(isinstance(self.sqrt_kl, bool), "sqrt_kl", "must be True or False")
         rules = ("reward", *LEVEL_RULES)
         known = self.level_rule in rules or "." in self.level_rule
-        self._require(known, "level_rule", f"must be one of {', '.join(rules)}, or a dotted import path")
-        self._require(is_number(self.level_one_reward), "level_one_reward", "must be a finite number")
+        self.require(known, "level_rule", f"must be one of {', '.join(rules)}, or a dotted import path")
         edges = self.level_thresholds or []
-        in_order = all(map(is_number, edges)) and all(a > b for a, b in pairwise(edges))
-        self._require(in_order, "level_thresholds", "must be finite numbers in strictly descending order")
+        in_order = all(edge in Range() for edge in edges) and all(a > b for a, b in pairwise(edges))
+        self.require(in_order, "level_thresholds", "must be finite numbers in strictly descending order")
 
 
 class TRPATrainer(TrustGRPOTrainer):
