@@ -30,7 +30,7 @@ def build_model(tokenizer, *, hidden_size: int = 64, seed: int = 0) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def learn(rows: Dataset, *, seed: int = 0, steps: int = 200, batch_size: int = 64, learning_rate: float = 1e-2):
+def learn(rows: Dataset, *, seed: int = 0, steps: int = 400, batch_size: int = 64, learning_rate: float = 5e-3):
     """Train a fresh model on `rows` until it knows them by heart; returns (model, tokenizer)."""
     tokenizer = facts_tokenizer()
     model = build_model(tokenizer, seed=seed)
