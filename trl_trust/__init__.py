@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .policy.mdpo import MDPOConfig, MDPOTrainer, mdpo_loss
     from .policy.opmd import OPMDConfig, OPMDTrainer, opmd_loss
     from .policy.trpa import TRPAConfig, TRPATrainer, trpa_loss
+    from .unlearn.gu import GUConfig, GUTrainer
 
 __all__ = ["METHODS", "__version__", *_EXPORTS]
 

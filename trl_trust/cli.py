@@ -378,9 +378,10 @@ def method_help(name: str) -> str:
     source = get_method(name.removeprefix("async-"))  # of an asynchronous row: the config that its fields come from
     sections = {
         f"{method.title}'s own fields": stated_fields(source.module, source.config),
-        "Data and reward": stated_fields("trl_trust.script", "TrustScriptArguments"),
     }
     arguments = HOSTS[method.host].arguments
+    if method.host not in ("flow", "trainer"):  # whose arguments are their own
+        sections["Data and reward"] = stated_fields("trl_trust.script", "TrustScriptArguments")
     if arguments != "TrustScriptArguments":
         sections[f"{method.title} as a whole"] = stated_fields(method.script, arguments)
     if source is not method:

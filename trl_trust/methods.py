@@ -42,7 +42,7 @@ HOSTS = {
     "async": Host(
         "trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script", "AsyncScriptArguments"
     ),
-    "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script"),
+    "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script", "UnlearnScriptArguments"),
     "flow": Host("transformers:Trainer", "trl_trust.flow.script", "FlowScriptArguments"),
     "sft": Host("trl:SFTTrainer", "trl_trust.robust.script"),
     "reward": Host("trl:RewardTrainer", "trl_trust.robust.script"),
@@ -244,6 +244,17 @@ METHODS: tuple[Method, ...] = (
         summary="GRPO for flow-matching image and video models: less noise a step, even gradients, a moving anchor",
         loss="sage_loss",
         host="flow",
+    ),
+    Method(
+        name="gu",
+        title="GU",
+        module="trl_trust.unlearn.gu",
+        trainer="GUTrainer",
+        config="GUConfig",
+        paper="2511.17100",
+        grade="exact",
+        summary="unlearning: takes from each forget update what would move the loss of what is kept, to first order",
+        host="trainer",
     ),
 )
 

@@ -59,4 +59,15 @@ TOOLS: tuple[Tool, ...] = (
         commands=("coopetition reproduce", "coopetition sweep"),
         extra="plot",
     ),
+    Tool(
+        name="unlearn-eval",
+        title="Unlearning report",
+        module="trl_trust.unlearn.report",
+        paper="2511.17100",
+        grade="exact",
+        summary="What a model still knows and what it kept: open-unlearning's metrics on TOFU, MUSE and WMDP",
+        commands=("unlearn-eval",),
+        extra="eval",
+        page="gu",
+    ),
 )

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..cards import TrustCard, paper
 from ..settings import BelowOne, Count, NonNegative, Number, Positive, Settings, Whole, check, setting
 from ..steps import GuardedSteps
 from . import losses as L
@@ -102,10 +105,10 @@ class GUConfig(Settings, TrainingArguments):
         self.require(
             self.gu_finite_budget is None or delta, "gu_finite_budget", "corrects steps; set gu_stage='delta'"
         )
-        super().__post_init__()
         self.require(not self.fp16, "fp16", "scales the loss, which the projection would see; set bf16=True")
         self.require(not self.deepspeed, "deepspeed", "shards the gradients that GU projects; run GU with plain DDP")
         self.require(not self.fsdp, "fsdp", "shards the gradients that GU projects; run GU with plain DDP")
+        super().__post_init__()
         kwargs = self.gradient_checkpointing_kwargs or {}
         reentrant = self.gradient_checkpointing and kwargs.get("use_reentrant", False)
         self.require(
@@ -115,7 +118,26 @@ class GUConfig(Settings, TrainingArguments):
             self.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
 
-class GUTrainer(GuardedSteps, Trainer):
+class _PlainCard:
+    """The model card that [`TrustCard`] extends; that of transformers' Trainer knows nothing of unlearning."""
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        if not self.is_world_process_zero():
+            return
+        packages = {"TRL": "trl", "Transformers": "transformers", "Pytorch": "torch"}
+        versions = "\n".join(f"- {title}: {version(package)}" for title, package in packages.items())
+        tags = "".join(f"- {tag}\n" for tag in self._tag_names)
+        text = (
+            f"---\nlibrary_name: transformers\ntags:\n{tags}---\n\n# Model Card for {model_name}\n\n"
+            f"{self._base_name or 'A model'} after unlearning with [{self._name}](https://arxiv.org/abs/"
+            f"{self._paper['id']}) around the forget loss `{self.args.forget_loss}`.\n\n"
+            f"### Framework versions\n\n{versions}\n\n## Citation\n\n```bibtex\n{self._paper['citation']}\n```\n"
+        )
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        Path(self.args.output_dir, "README.md").write_text(text, "utf-8")
+
+
+class GUTrainer(TrustCard, GuardedSteps, _PlainCard, Trainer):
     """`transformers.Trainer` that forgets one split and keeps another, each update projected by GU.
 
     Args:
@@ -135,7 +157,12 @@ class GUTrainer(GuardedSteps, Trainer):
 
     _name = "GU"
     _tag_names: ClassVar = ["trl-trust", "gu"]
-    _paper: ClassVar = {"title": "Geometric-disentangelment Unlearning", "id": "2511.17100"}
+    _paper = paper(
+        "Geometric-disentangelment Unlearning",
+        "2511.17100",
+        "Duo Zhou and Yuji Zhang and Tianxin Wei and Ruizhong Qiu and Ke Yang and Xiao Lin and Cheng Qian and "
+        "Jingrui He and Hanghang Tong and Chengxiang Zhai and Heng Ji and Huan Zhang",
+    )
 
     def __init__(
         self,
@@ -150,6 +177,7 @@ class GUTrainer(GuardedSteps, Trainer):
     ):
         args = GUConfig(output_dir="gu_output") if args is None else args
         name = model if isinstance(model, str) else model.config._name_or_path
+        self._base_name = name
         model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
         processing_class = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
         if not isinstance(train_dataset, ForgetRetainDataset):
