@@ -99,6 +99,21 @@ def test_transformers_has_not_changed_under_us(name, expected):
     assert found in expected, f"Trainer.{name} has changed: read trl_trust/steps.py against it, then write {found!r}."
 
 
+# what trl_trust/flow/sage.py replaces; that `Trainer` still calls it so, tests/flow/test_flow_runs.py sees: it resumes
+REPLACED_BY_FLOW = {
+    "_prepare_inputs": ["self", "inputs"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_get_output_dir": ["self", "trial"],
+}
+
+
+@pytest.mark.parametrize("name", REPLACED_BY_FLOW)
+def test_what_the_flow_trainer_replaces_is_called_as_before(name):
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == REPLACED_BY_FLOW[name]
+
+
 def test_the_alarm_can_ring():
     class Changed(GRPOTrainer):
         def _compute_loss(self, model, inputs):

@@ -768,7 +768,7 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
         (folder / "README.md").write_text(self._card(), "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # transformers 5.23: the weights come back with the optimizer, see below; anything else would load them twice
+        # transformers 5.23 reads the weights here; what is trained, its anchor and the schedule are in one file of ours
         if not Path(resume_from_checkpoint, STATE_FILE).exists():
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is no checkpoint of SAGEGRPOTrainer.")
         state = torch.load(Path(resume_from_checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
@@ -780,8 +780,7 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
         self.kl_weight.load_state_dict(state["kl_weight"])
 
     def _save_checkpoint(self, model, trial) -> None:
-        # transformers 5.23: what it writes, and before it the state that is ours; `trial` is of a hyperparameter
-        # search
+        # transformers 5.23: what it writes, and before it the state that is ours
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def tiny_sd3_transformer(
     in_channels: int = 4,
     joint_attention_dim: int = 32,
     pooled_projection_dim: int = 32,
+    patch_size: int = 2,
     num_layers: int = 2,
     heads: int = 2,
 ):
@@ -96,7 +97,7 @@ def tiny_sd3_transformer(
         torch.manual_seed(seed)
         return import_diffusers().SD3Transformer2DModel(
             sample_size=sample_size,
-            patch_size=2,
+            patch_size=patch_size,
             in_channels=in_channels,
             out_channels=in_channels,
             num_layers=num_layers,
