@@ -768,7 +768,7 @@ class SAGEGRPOTrainer(GuardedSteps, Trainer):
         (folder / "README.md").write_text(self._card(), "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # transformers 5.23 reads the weights here; what is trained, its anchor and the schedule are in one file of ours
+        # transformers 5.23 reads weights here; what is trained, its anchor and the schedule are in a file of ours
         if not Path(resume_from_checkpoint, STATE_FILE).exists():
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is no checkpoint of SAGEGRPOTrainer.")
         state = torch.load(Path(resume_from_checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
