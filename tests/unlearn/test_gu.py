@@ -304,35 +304,68 @@ def test_bad_data_are_refused_in_words(knowing, tmp_path):
         build(knowing, tmp_path, data=bare, forget_loss="dpo")
 
 
+def test_without_a_forget_loss_it_is_retain_training(knowing, tmp_path):
+    trained = [build(knowing, tmp_path, gamma=0.0, gu_mode=mode) for mode in ("null", "off")]
+    for trainer in trained:
+        trainer.train()
+    assert (weights(trained[0]) - weights(trained[1])).abs().max() < 1e-5
+
+
 WORKER = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from tiny import leave
 from unlearn.test_gu import build, weights
-trainer = build({path!r}, {tmp!r}, per_device_train_batch_size=2, ddp_backend="gloo", max_steps=3)
-trainer.train()
-if trainer.args.process_index == 0:
-    torch.save(weights(trainer), {out!r})
+for mode in ("null", "off"):
+    trainer = build({path!r}, {tmp!r}, gu_mode=mode, per_device_train_batch_size=2, ddp_backend="gloo", max_steps=3)
+    trainer.train()
+    if trainer.args.process_index == 0:
+        torch.save(weights(trainer), {out!r} + mode)
 leave()
 """
 
 
+def environment(tests: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+
+
 def test_two_processes_are_one(knowing, tmp_path):
-    one = build(knowing, tmp_path, per_device_train_batch_size=4)
-    one.train()
-    tests, out = Path(__file__).parent.parent, str(tmp_path / "two.pt")
+    tests, out = Path(__file__).parent.parent, str(tmp_path / "two-")
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(tests), path=knowing, tmp=str(tmp_path), out=out))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=0",
-        "--standalone",
-        str(script),
-    ]
-    env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone", str(script)]
+    command = [sys.executable, *launch]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(tests))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (weights(one) - torch.load(out)).abs().max() < 5e-5
+    for mode in ("null", "off"):
+        one = build(knowing, tmp_path, per_device_train_batch_size=4, gu_mode=mode)
+        one.train()
+        assert (weights(one) - torch.load(out + mode)).abs().max() < 5e-5
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from transformers import TrainerCallback
+from unlearn.test_gu import build
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build({path!r}, {tmp!r}, max_steps=8, gu_rank=3, save_strategy="steps", save_steps=5, callbacks=[Kill()]).train()
+"""
+
+
+def test_a_killed_run_is_resumed(knowing, tmp_path):
+    tests = Path(__file__).parent.parent
+    settings = {"max_steps": 8, "gu_rank": 3, "save_strategy": "steps", "save_steps": 5}
+    code = KILLED.format(tests=str(tests), path=knowing, tmp=str(tmp_path / "killed"))
+    done = subprocess.run([sys.executable, "-c", code], timeout=500, env=environment(tests), capture_output=True)
+    assert done.returncode == -9
+    again = build(knowing, tmp_path / "killed", **settings)
+    again.train(resume_from_checkpoint=True)
+    whole = build(knowing, tmp_path / "whole", **settings)
+    whole.train()
+    assert torch.equal(weights(whole), weights(again)) and torch.equal(whole.history, again.history)

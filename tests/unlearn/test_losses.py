@@ -87,3 +87,58 @@ def test_padding_changes_nothing_and_forgetting_lowers_the_answer(name):
         (grad,) = torch.autograd.grad(value, logits)
         before, after = (L.answer_logps(x, labels)[0].sum() for x in (logits, logits - 1e-3 * grad))
         assert after < before
+
+
+def test_every_loss_is_its_formula_on_random_tensors():
+    """Each formula written again, answer by answer and token by token, as open-unlearning states it."""
+    g = torch.Generator().manual_seed(2)
+    logits, ref, win, win_ref = torch.randn(4, 3, 7, 9, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 9, (3, 7), generator=g)
+    for row, (start, end) in enumerate(((2, 7), (3, 5), (1, 6))):
+        labels[row, :start] = labels[row, end:] = -100
+    answers = [[(t, y.item()) for t, y in enumerate(row) if y != -100] for row in labels]
+    p = lambda x, b, t: x[b, t - 1].softmax(-1)
+    tokens = [p(logits, b, t)[y] for b, answer in enumerate(answers) for t, y in answer]
+    total = lambda x: torch.stack([sum(p(x, b, t)[y].log() for t, y in a) for b, a in enumerate(answers)])
+    mean = lambda xs: torch.stack(list(xs)).mean()
+    F = torch.nn.functional
+    lengths = torch.tensor([len(a) for a in answers])
+    lose = total(logits) - total(ref)
+    soft_ref = lambda b, t, y: (ref[b, t - 1] - 10 * F.one_hot(torch.tensor(y), 9)).softmax(-1)
+
+    def without(b, t, y):
+        rest = p(logits, b, t).clone()
+        rest[y] = 0
+        return rest / rest.sum()
+
+    pairs = [(b, t, y) for b, a in enumerate(answers) for t, y in a]
+    later = [(b, t, y) for b, a in enumerate(answers) for t, y in a[1:]]
+    expected = {
+        "ga": mean(x.log() for x in tokens),
+        "graddiff": mean(x.log() for x in tokens),
+        "npo": -2 / 0.1 * F.logsigmoid(-0.1 * lose).mean(),
+        "simnpo": -2 / 4.5 * F.logsigmoid(-4.5 * total(logits) / lengths - 4.5 * 0.3).mean(),
+        "dpo": -2 / 0.1 * F.logsigmoid(0.1 * (total(win) - total(win_ref) - lose)).mean(),
+        "wga": mean(x**0.7 * x.log() for x in tokens),
+        "satimp": mean(x**5 * (1 - x) * x.log() for x in tokens),
+        "undial": mean(-(soft_ref(b, t, y) * p(logits, b, t).log()).sum() for b, t, y in pairs),
+        "ceu": mean(-(without(b, t, y) * p(logits, b, t).log()).sum() for b, t, y in later),
+        "rmu": mean(mean((logits[b, t - 1] - 2) ** 2 for t, _ in a) for b, a in enumerate(answers)),
+    }
+    logps, mask = L.answer_logps(logits, labels)
+    ref_logps, win_logps, win_ref_logps = (L.answer_logps(x, labels)[0] for x in (ref, win, win_ref))
+    found = {
+        "ga": L.ga_loss(logps, mask),
+        "graddiff": L.ga_loss(logps, mask),
+        "npo": L.npo_loss(logps, ref_logps, mask),
+        "simnpo": L.simnpo_loss(logps, mask, delta=0.3),
+        "dpo": L.dpo_loss(win_logps, win_ref_logps, mask, logps, ref_logps, mask),
+        "wga": L.wga_loss(logps, mask, beta=0.7),
+        "satimp": L.satimp_loss(logps, mask),
+        "undial": L.undial_loss(logits, ref, labels),
+        "ceu": L.ceu_loss(logits, labels),
+        "rmu": L.activation_loss(logits[:, :-1], torch.full((9,), 2.0), mask),
+    }
+    assert expected.keys() == found.keys() == L.FORGET_LOSSES.keys()
+    for name in expected:
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-10), name
