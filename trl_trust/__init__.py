@@ -29,6 +29,7 @@ _EXPORTS = {
 }
 _EXPORTS |= dict.fromkeys(("AsyncTrustGRPOConfig", "AsyncTrustGRPOTrainer"), "trl_trust.asynchronous.base")
 _EXPORTS |= dict.fromkeys(("FactSource", "TrustReport", "TrustSuite", "run_trust_suite"), "trl_trust.evaluation")
+_EXPORTS |= dict.fromkeys(("coopetition_dataset", "coopetition_env_factory"), "trl_trust.tasks.coopetition")
 _EXPORTS |= dict.fromkeys(("AuON", "FISMO", "HybridAuON", "Muon", "TRAM"), "trl_trust.optim")
 for _method in METHODS:
     for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .policy.mdpo import MDPOConfig, MDPOTrainer, mdpo_loss
     from .policy.opmd import OPMDConfig, OPMDTrainer, opmd_loss
     from .policy.trpa import TRPAConfig, TRPATrainer, trpa_loss
+    from .tasks.coopetition.environment import coopetition_dataset, coopetition_env_factory
     from .unlearn.gu import GUConfig, GUTrainer
 
 __all__ = ["METHODS", "__version__", *_EXPORTS]

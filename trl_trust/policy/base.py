@@ -219,6 +219,10 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         finally:
             args.beta = beta  # the caller's, who may try again with the same `args`
         self._check_dataset()
+        factories = environment_factory if isinstance(environment_factory, dict) else {None: environment_factory}
+        for factory in factories.values():
+            if hasattr(factory, "check_args"):  # an environment of ours, which knows how long its episodes are
+                factory.check_args(args, self.processing_class)
         for warning in self._warnings():
             logger.warning(warning)
         self._start_control()

@@ -9,6 +9,15 @@ from importlib import import_module
 
 _HOMES = {
     "dynamics": ("TrustDynamics", "TrustParams"),
+    "environment": (
+        "CoopetitionEnv",
+        "coopetition_dataset",
+        "coopetition_env_factory",
+        "coopetition_metrics",
+        "invest_reward",
+    ),
+    "game": ("Game", "View", "best_plan", "myopic", "play"),
+    "istar": ("IStarNetwork", "load_istar"),
     "payoffs": ("Payoff", "equilibrium"),
     "plots": ("plot_case", "plot_sweep"),
     "study": ("case_study", "companion", "reproduce", "score", "sweep"),

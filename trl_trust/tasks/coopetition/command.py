@@ -17,12 +17,25 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--building", default="gap", choices=("gap", "product"), help="how trust grows")
     sweep.add_argument("--decay", default="regime", choices=("regime", "always"), help="when damage fades")
     sweep.add_argument("--out", type=Path, required=True, help="folder for sweep.csv and sweep.png")
+    play = commands.add_parser("play", help="play against a partner, in this terminal")
+    play.add_argument("--partner", default="trust_responsive", help="who plays against you")
+    play.add_argument("--rounds", type=int, default=8)
+    play.add_argument("--reward", default="reciprocal", help="what you are paid for")
+    play.add_argument("--seed", type=int, default=0, help="of a random or mixed partner")
+    istar = commands.add_parser("istar", help="dependence, baselines and trust from a model drawn with piStar")
+    istar.add_argument("model", type=Path, help="the JSON file that piStar saved")
+    istar.add_argument("--dot", type=Path, help="write the graph here, for Graphviz")
+    begin = commands.add_parser("start", help="build the tiny policy that the offline recipe trains")
+    begin.add_argument("--rounds", type=int, default=8)
+    begin.add_argument("--seed", type=int, default=0)
+    begin.add_argument("--out", type=Path, required=True, help="folder for the model and its data set")
     return parser
 
 
 def main(words: list[str]) -> int:
     args = make_parser().parse_args(words)
-    return {"reproduce": _reproduce, "sweep": _sweep}[args.command](args)
+    run = {"reproduce": _reproduce, "sweep": _sweep, "play": _play, "istar": _istar, "start": _start}
+    return run[args.command](args)
 
 
 def _reproduce(args) -> int:
@@ -61,4 +74,54 @@ def _sweep(args) -> int:
         if error.name != "matplotlib":
             raise
         print("no picture: it needs matplotlib (pip install 'trl-trust[plot]').")
+    return 0
+
+
+def _play(args) -> int:
+    from .environment import CoopetitionEnv, make_game
+    from .game import LARGEST
+
+    env = CoopetitionEnv(make_game(partner=args.partner, rounds=args.rounds, reward=args.reward))
+    print(env.reset(seed=args.seed))
+    while len(env._own) < args.rounds:
+        try:
+            word = input("You invest: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print("\nYou left; the rounds that remain count as amounts of 0.")
+            break
+        if not (word.isascii() and word.isdigit() and len(word) < 3 and int(word) <= LARGEST):
+            print(f"A whole number from 0 to {LARGEST}, please.")
+            continue
+        print(env.invest(int(word)))
+    print(f"Your reward: {env.get_reward():.3f} (0: myopic play, 1: the best plan known).")
+    return 0
+
+
+def _istar(args) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .istar import load_istar
+
+    network = load_istar(args.model)
+    table = Table("depends on ->", *network.actors, "baseline")
+    for actor, row, baseline in zip(network.actors, network.D, network.baselines, strict=True):
+        table.add_row(actor, *(f"{value:.3f}" for value in row), f"{baseline:g}")
+    Console().print(table)
+    print("trust at the start:", network.trust0.tolist())
+    for warning in network.warnings:
+        print(f"assumed: {warning}")
+    if args.dot:
+        args.dot.write_text(network.to_dot() + "\n", "utf-8")
+        print(f"graph -> {args.dot}")
+    return 0
+
+
+def _start(args) -> int:
+    from .environment import coopetition_dataset, make_game
+    from .start import build_start
+
+    folder = build_start(args.out, make_game(rounds=args.rounds), seed=args.seed)
+    coopetition_dataset(512, seed=args.seed).to_json(folder / "train.jsonl")
+    print(f"model and train.jsonl -> {folder}")
     return 0
