@@ -116,7 +116,7 @@ class Comparison:
             low, high = wilson(k, n)
             last = [r["checkpoints"][-1] for r in records if r["checkpoints"]]
             soon = judge.generations_to_target(records)
-            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} runs")
+            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} of {self.whole}")
             rates = [f"{records[0]['learning_rate']:g}"] if cell[2] == OWN else []
             cells = [entries()[entry].title, *rates, str(n), number(mean(r["score"] for r in records))]
             if "mean" in row:
@@ -136,7 +136,7 @@ class Comparison:
         rows = []
         for entry, records, row in self.rows(cell):
             k, n = sum(map(judge.collapsed, records)), len(records)
-            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} runs")
+            verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} of {self.whole}")
             change = f"{row['mean']:+.3f} {between(row['low'], row['high'])}" if "mean" in row else ""
             cells = [entries()[entry].title, number(mean(r["score"] for r in records)), change, verdict]
             rows.append([*cells, f"{k} of {n}"])

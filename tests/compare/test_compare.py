@@ -140,7 +140,7 @@ def test_the_table_changes_with_the_records(tmp_path):
     assert [entry for entry, _, _ in comparison.rows(cell)] == ["dapo", "dppo", "gspo"]  # not whole: last
     table = comparison.table(cell)
     assert "**worse**" in table
-    assert "not judged, 11 runs" in table
+    assert "not judged, 11 of 12" in table
     assert comparison.answer("H6", cell) == ""
     assert report.Comparison(read(tmp_path), whole=13).judged(cell) == {}  # the reference is not whole
     page = "a\n<!-- addition reuse 0.0001: made by benchmarks/compare/report.py -->\nold\n<!-- end -->\nb\n"
