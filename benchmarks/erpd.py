@@ -18,7 +18,9 @@ import cells
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from trl_trust.distill.erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
-from trl_trust.distill.rollouts import RolloutsConfig, completion_logps, load_rollouts, write_rollouts
+from trl_trust.frozen.logps import completion_logps
+from trl_trust.frozen.sampling import RolloutsConfig, write_rollouts
+from trl_trust.frozen.store import load_rollouts
 from trl_trust.quickstart.model import build_start
 from trl_trust.quickstart.run import quiet
 from trl_trust.quickstart.task import evaluate, exact_answer_reward, problems

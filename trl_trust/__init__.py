@@ -22,10 +22,10 @@ _EXPORTS = {
     "ERPDTeacherTrainer": "trl_trust.distill.erpd",
     "erpd_signal": "trl_trust.distill.erpd",
     "erpd_teacher_loss": "trl_trust.distill.erpd",
-    "RolloutsConfig": "trl_trust.distill.rollouts",
-    "load_rollouts": "trl_trust.distill.rollouts",
-    "score_rollouts": "trl_trust.distill.rollouts",
-    "write_rollouts": "trl_trust.distill.rollouts",
+    "RolloutsConfig": "trl_trust.frozen.sampling",
+    "load_rollouts": "trl_trust.frozen.store",
+    "score_rollouts": "trl_trust.frozen.logps",
+    "write_rollouts": "trl_trust.frozen.sampling",
 }
 _EXPORTS |= dict.fromkeys(("AsyncTrustGRPOConfig", "AsyncTrustGRPOTrainer"), "trl_trust.asynchronous.base")
 _EXPORTS |= dict.fromkeys(("FactSource", "TrustReport", "TrustSuite", "run_trust_suite"), "trl_trust.evaluation")
@@ -60,10 +60,12 @@ if TYPE_CHECKING:
         erpd_teacher_loss,
     )
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
-    from .distill.rollouts import RolloutsConfig, load_rollouts, score_rollouts, write_rollouts
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
     from .evaluation import FactSource, TrustReport, TrustSuite, run_trust_suite
     from .flow.sage import SAGEGRPOConfig, SAGEGRPOTrainer, sage_loss
+    from .frozen.logps import score_rollouts
+    from .frozen.sampling import RolloutsConfig, write_rollouts
+    from .frozen.store import load_rollouts
     from .monitor import TrustMonitor
     from .optim import FISMO, TRAM, AuON, HybridAuON, Muon
     from .policy.alp import ALPConfig, ALPTrainer, alp_loss

@@ -201,7 +201,7 @@ def script_of(command: str) -> tuple:
         baseline = import_module("trl_trust.baseline")
         return baseline.make_parser(prog=prog), baseline.prepare
     if command == "rollouts":
-        rollouts = import_module("trl_trust.distill.rollouts")
+        rollouts = import_module("trl_trust.frozen.script")
         return rollouts.make_parser(prog), rollouts.prepare
     method = get_method(command)
     script = import_module(method.script)

@@ -1,10 +1,12 @@
 """Names and paths that a user writes: what was meant, and the function that a dotted path leads to."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 
 def near(name: str, known: Iterable[str], say: str = "there are: {}", n: int = 1) -> str:
@@ -34,3 +36,14 @@ def load_function(path: str, field: str) -> Callable:
     if not callable(found):
         raise ValueError(f"{field}={path!r} is a {type(found).__name__}, which cannot be called")
     return found
+
+
+def finished(output: Any) -> Any:
+    """What a function returned; if it is async, what it returns in the end."""
+    if not inspect.iscoroutine(output):
+        return output
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as thread:  # a notebook has a running event loop, into which `run` cannot go
+        return thread.submit(asyncio.run, output).result()

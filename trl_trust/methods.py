@@ -38,7 +38,9 @@ class Host:
 
 HOSTS = {
     "grpo": Host("trl_trust.policy.base:TrustGRPOTrainer", "trl_trust.script"),
-    "frozen": Host("trl.experimental.gkd:GKDTrainer", "trl_trust.distill.rounds", "ERPDScriptArguments"),
+    "frozen": Host(
+        "trl_trust.frozen.trainer:FrozenRolloutsTrainer", "trl_trust.distill.rounds", "ERPDScriptArguments"
+    ),
     "async": Host(
         "trl.experimental.async_grpo:AsyncGRPOTrainer", "trl_trust.asynchronous.script", "AsyncScriptArguments"
     ),

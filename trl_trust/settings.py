@@ -13,6 +13,7 @@ argparse; its parser strips `Annotated` and sees the plain type.
 """
 
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -223,6 +224,21 @@ def refuse_unread(config: Any, unread: Mapping[str, str]) -> None:
             raise ValueError(
                 f"{name}={value!r}: {cls.__name__} does not read `{name}`; {mend}. Leave it at {default!r}."
             )
+
+
+def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """The mapping in the field `name`, which on a command line is JSON; `None` stays `None`.
+
+    Raises:
+        ValueError: if it is none, naming the field.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is no mapping: {error}; write it as JSON.") from error
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
+    return None if found is None else dict(found)
 
 
 def first_default(cls: type, name: str) -> Any:

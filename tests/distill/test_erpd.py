@@ -15,7 +15,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ZeRO3, leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch
+from tiny import ZeRO3, leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.integrations import deepspeed
 from trl.experimental.gkd import GKDTrainer
@@ -34,7 +34,9 @@ from trl_trust.distill.erpd import (
     signal_scale_of,
     signal_statistics,
 )
-from trl_trust.distill.rollouts import RolloutsConfig, completion_logps, load_rollouts, write_rollouts
+from trl_trust.frozen.logps import completion_logps
+from trl_trust.frozen.sampling import RolloutsConfig, write_rollouts
+from trl_trust.frozen.store import load_rollouts
 from trl_trust.quickstart.task import problems
 
 
@@ -421,10 +423,10 @@ def settings(folder, stage, **overrides):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("stage", None, "one of teacher, student"),
-        ("stage", "both", "one of teacher, student"),
-        ("teacher_loss", "dpo", "one of mse, sapo, ce"),
-        ("teacher_target", "reward", "one of advantage, sign"),
+        ("stage", None, "'teacher' or 'student'"),
+        ("stage", "both", "'teacher' or 'student'"),
+        ("teacher_loss", "dpo", "one of 'mse', 'sapo', 'ce'"),
+        ("teacher_target", "reward", "'advantage' or 'sign'"),
         ("teacher_beta", 0.0, "finite number > 0"),
         ("sapo_temperature_pos", -1.0, "finite number > 0"),
         ("sapo_temperature_neg", math.nan, "finite number > 0"),
@@ -436,7 +438,7 @@ def settings(folder, stage, **overrides):
         ("signal", [("teacher", "teacher", 1.0)], "two different policies"),
         ("signal", [("teacher", "old", math.inf)], "a finite number"),
         ("signal", "[['teacher'", "not a list in JSON"),
-        ("signal_scale", "mean", "one of std, rms, none"),
+        ("signal_scale", "mean", "one of 'std', 'rms', 'none'"),
         ("signal_clip", 0.0, "> 0, or None"),
         ("signal_bound", 1.0, r"in \(0, 1\), or None"),
         ("staleness_clip", -1.0, "> 0, or None"),
@@ -449,7 +451,7 @@ def settings(folder, stage, **overrides):
         ("seq_kd", True, "rollouts are frozen"),
         ("max_new_tokens", 64, "those of the rollouts"),
         ("max_length", 512, "never truncated"),
-        ("loss_type", "dft", "is not read"),
+        ("loss_type", "dft", "does not read"),
         ("disable_dropout", False, "under dropout"),
         ("neftune_noise_alpha", 5.0, "under noise"),
     ],
@@ -469,7 +471,7 @@ def test_legal_settings():
         assert args.signal == listed and args.policies == ["base", "other", "teacher"]
     assert settings("unused", "student").policies == ["base", "teacher", "unlearned"]
     assert settings("unused", "teacher").policies == ["base"]
-    with pytest.raises(ValueError, match=r"teacher_beta=0\.2 is not read by teacher_loss='sapo'"):
+    with pytest.raises(ValueError, match=r"teacher_beta=0\.2: .* does not read `teacher_beta`; teacher_loss='sapo'"):
         settings("unused", "teacher", teacher_loss="sapo", teacher_beta=0.2)
 
 
@@ -757,6 +759,8 @@ def test_what_does_not_fit_raises_at_construction(frozen, tiny_model_path, tmp_p
         ERPDTrainer, tiny_model_path, only, data.remove_columns("teacher_logps"), teacher_model=models["teacher"]
     )
     assert logged(trainer, "erpd/kl_teacher")[0] > 0  # a teacher that is given is looked at
+    with pytest.raises(ValueError, match="args is a GRPOConfig: ERPDTrainer takes a ERPDConfig"):
+        build(ERPDTrainer, tiny_model_path, tiny_config(), data)
     with pytest.raises(ValueError, match="stage='teacher': ERPDTrainer trains the student"):
         build(ERPDTrainer, tiny_model_path, settings(tmp_path, "teacher"), data)
     scores = data.remove_columns("reward").add_column("reward", [5.0 * x for x in data["reward"]])
@@ -958,7 +962,8 @@ def test_a_finished_run_is_passed_over(two_rounds, tiny_model_path, tmp_path, mo
 
     monkeypatch.setattr(rounds, "ERPDTeacherTrainer", refuse)
     monkeypatch.setattr(rounds, "ERPDTrainer", refuse)
-    monkeypatch.setattr("trl_trust.distill.rollouts.load_policy", refuse)
+    for room in ("logps", "sampling"):
+        monkeypatch.setattr(f"trl_trust.frozen.{room}.load_policy", refuse)
     assert rounds.main(recipe(two_rounds.parent, tiny_model_path)) == 0
 
 
@@ -1134,7 +1139,7 @@ def test_recipe_runs_in_small(name, tiny_model_path, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"student": {"epsilon": 1.5}}, r"epsilon=1\.5 must be in \[0, 1\)"),
+        ({"student": {"epsilon": 1.5}}, r"epsilon=1\.5 must be a number in \[0, 1\)"),
         ({"teacher": {"teacher_los": "mse"}}, "unknown field 'teacher_los'.*'teacher_loss'"),
         ({"rollouts": {"num_generation": 4}}, "num_generation"),
         ({"rollouts": {"num_generations": 1}}, "num_generations=1 must be"),

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust import RLADConfig, RLADTrainer, rlad_loss
-from trl_trust.distill.common import different_ids
 from trl_trust.policy.base import grpo_loss
+from trl_trust.tokens import different_ids
 
 
 seeds = st.integers(0, 10_000)

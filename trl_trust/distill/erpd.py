@@ -21,29 +21,32 @@ once, before training, and never in memory together with the student's gradients
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import SaveStrategy
-from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+from trl.experimental.gkd import GKDConfig
+from trl.trainer.utils import get_config_model_id
 
-from ..anatomy import causal_lm
-from ..cards import TrustCard, paper
-from ..policy.base import is_number
-from ..policy.telemetry import TrustTelemetry, apart, telemetry
+from ..cards import paper
+from ..frozen.trainer import FrozenRolloutsTrainer
 from ..policy.terms import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, clipped_surrogate, sequence_mean
-from .common import check_token_ids
-from .rollouts import collate_rollouts, completion_logps, max_id, prepare_rollouts
+from ..settings import (
+    BelowOne,
+    Count,
+    NonNegative,
+    Number,
+    OpenFraction,
+    Positive,
+    Settings,
+    Width,
+    check,
+    read_kind,
+    refuse_unread,
+    setting,
+)
 
 
 # preset -> (num, den, weight); a signal is the weighted sum of log num - log den
@@ -173,6 +176,37 @@ def signal_terms(signal: str | Sequence[tuple[str, str, float]]) -> Sequence[tup
     return SIGNALS[signal] if isinstance(signal, str) else signal
 
 
+def read_signal(signal: Any) -> str | list[tuple[str, str, float]]:
+    """The setting `signal`: a preset as it is; a list, from a command line in JSON, as (num, den, weight).
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(signal, str) and signal in SIGNALS:
+        return signal
+    terms = signal
+    if isinstance(signal, str) and signal.lstrip().startswith("["):
+        try:
+            terms = json.loads(signal)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"signal={signal!r} is not a list in JSON: {error}.") from error
+    terms = [tuple(term) if isinstance(term, (list, tuple)) else term for term in terms or ()]
+    ok = all(
+        isinstance(term, tuple)
+        and len(term) == 3
+        and all(isinstance(name, str) and name.isidentifier() for name in term[:2])
+        and term[0] != term[1]
+        and read_kind("weight", Number).allows(term[2])
+        for term in terms
+    )
+    if not (terms and ok):
+        raise ValueError(
+            f"signal={signal!r} must be one of {', '.join(SIGNALS)}, or a list of (num, den, weight): two different "
+            f"policies, such as teacher, unlearned, old, base, and a finite number."
+        )
+    return terms
+
+
 def signal_statistics(signal: Tensor, mask: Tensor) -> Tensor:
     """(3,) in float64: number of live tokens, sum and sum of squares of the signal. They add up over batches."""
     live = mask.double()
@@ -257,154 +291,79 @@ def erpd_student_loss(
 
 
 @dataclass
-class ERPDConfig(GKDConfig):
+class ERPDConfig(Settings, GKDConfig):
     r"""
     Configuration of [`ERPDTeacherTrainer`] and [`ERPDTrainer`]. A reconstruction: no default below comes from the
     paper; `teacher_loss` and `signal` are what its released models are said to use.
 
-    Every field of [`trl.experimental.gkd.GKDConfig`] is known. `temperature` is that of the rollouts and 1.0 by
-    default; `beta` is the coefficient of the KL to base, any number >= 0. What needs live samples or whole
-    distributions (`lmbda`, `seq_kd`, `max_new_tokens`) and what would change the frozen tokens is refused.
+    Every field of [`trl.experimental.gkd.GKDConfig`] is known. What needs live samples or whole distributions
+    (`lmbda`, `seq_kd`, `max_new_tokens`) and what would change the frozen tokens is refused.
 
     Raises:
         ValueError: at construction, naming field, value and mend.
     """
 
-    # field -> (the value it has to have, why)
-    unread_fields: ClassVar[dict[str, tuple[Any, str]]] = {
-        "lmbda": (0.0, "the rollouts are frozen; the student does not generate"),
-        "seq_kd": (False, "the rollouts are frozen; the teacher does not generate"),
-        "max_new_tokens": (128, "lengths are those of the rollouts"),
-        "max_length": (1024, "rollouts are never truncated"),
-        "packing": (False, "a response is scored as it was sampled"),
-        "padding_free": (False, "a response is scored as it was sampled"),
-        "completion_only_loss": (None, "only completions are ever scored"),
-        "assistant_only_loss": (False, "only completions are ever scored"),
-        "loss_type": ("nll", "the loss is `teacher_loss` in stage 1 and fixed in stage 2"),
-        "label_smoothing_factor": (0.0, "there are no labels to smooth"),
-        "disable_dropout": (True, "a ratio to stored log-probabilities means nothing under dropout"),
-        "neftune_noise_alpha": (None, "a ratio to stored log-probabilities means nothing under noise"),
+    unread_fields: ClassVar[dict[str, str]] = {
+        "seq_kd": "the rollouts are frozen; the teacher does not generate",
+        "max_new_tokens": "lengths are those of the rollouts",
+        "max_length": "rollouts are never truncated",
+        "packing": "a response is scored as it was sampled",
+        "padding_free": "a response is scored as it was sampled",
+        "completion_only_loss": "only completions are ever scored",
+        "assistant_only_loss": "only completions are ever scored",
+        "loss_type": "the loss is `teacher_loss` in stage 1 and fixed in stage 2",
+        "label_smoothing_factor": "there are no labels to smooth",
+        "disable_dropout": "a ratio to stored log-probabilities means nothing under dropout",
+        "neftune_noise_alpha": "a ratio to stored log-probabilities means nothing under noise",
     }
 
-    lmbda: float = field(default=0.0, metadata={"help": "Not read: the rollouts are frozen. Leave it at 0."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the rollouts were sampled."})
-    beta: float = field(default=0.0, metadata={"help": "Stage 2: coefficient of KL(student || base), >= 0."})
-    stage: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which stage this trainer trains, teacher or student; `trl-trust erpd` trains both and sets it."
-        },
+    lmbda: float = setting(0.0, "Not read: the rollouts are frozen. Leave it at 0.")
+    temperature: Positive = setting(1.0, "Temperature at which the rollouts were sampled.")
+    beta: NonNegative = setting(0.0, "Stage 2: coefficient of KL(student || base).")
+    stage: Literal["teacher", "student"] = setting(
+        None, "Which stage this trainer trains, teacher or student; `trl-trust erpd` trains both and sets it."
     )
-    teacher_loss: str = field(
-        default="mse", metadata={"help": "Stage 1: mse or ce on the response's log-ratio, or sapo on each token."}
+    teacher_loss: Literal["mse", "sapo", "ce"] = setting(
+        "mse", "Stage 1: mse or ce on the response's log-ratio, or sapo on each token."
     )
-    teacher_beta: float = field(
-        default=0.1, metadata={"help": "Stage 1, mse and ce: what the response's log-ratio is multiplied by."}
+    teacher_beta: Positive = setting(0.1, "Stage 1, mse and ce: what the response's log-ratio is multiplied by.")
+    teacher_target: Literal["advantage", "sign"] = setting(
+        "advantage", "Stage 1, mse: target of a response, its advantage or only its sign."
     )
-    teacher_target: str = field(
-        default="advantage", metadata={"help": "Stage 1, mse: target of a response, its advantage or only its sign."}
+    sapo_temperature_pos: Positive = setting(1.0, "Stage 1, sapo: tau where the advantage is > 0.")
+    sapo_temperature_neg: Positive = setting(1.05, "Stage 1, sapo: tau elsewhere.")
+    teacher_kl_coef: NonNegative = setting(0.0, "Stage 1: coefficient of KL(teacher || base).")
+    unlearn: bool = setting(False, "Stage 1: train the unlearned twin, towards the opposite of the rewards.")
+    signal: list | str | None = setting(
+        "weak", "Stage 2: strong, base_contrast, weak, or a list of [num, den, weight] of named policies."
     )
-    sapo_temperature_pos: float = field(
-        default=1.0, metadata={"help": "Stage 1, sapo: tau where the advantage is > 0."}
+    signal_scale: Literal["std", "rms", "none"] = setting(
+        "std", "Stage 2: what a signal is divided by: its std or rms over the batch, or none."
     )
-    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Stage 1, sapo: tau elsewhere."})
-    teacher_kl_coef: float = field(
-        default=0.0, metadata={"help": "Stage 1: coefficient of KL(teacher || base), >= 0."}
+    signal_clip: Positive | None = setting(5.0, "Stage 2: bound of the scaled signal; null: none.")
+    signal_bound: OpenFraction | None = setting(
+        None, "Stage 2: a in (0, 1) of the bounded signal log(a e^s + 1 - a); unset: s."
     )
-    unlearn: bool = field(
-        default=False, metadata={"help": "Stage 1: train the unlearned twin, towards the opposite of the rewards."}
+    outcome_gate: bool = setting(False, "Stage 2: keep a signal only where it has the sign of the advantage.")
+    staleness_clip: Positive | None = setting(
+        2.0, "Stage 2: weight a token by old/base, at most this; null: no weight."
     )
-    signal: list | str | None = field(
-        default="weak",
-        metadata={"help": "Stage 2: strong, base_contrast, weak, or a list of [num, den, weight] of named policies."},
-    )
-    signal_scale: str = field(
-        default="std",
-        metadata={"help": "Stage 2: what a signal is divided by: its std or rms over the batch, or none."},
-    )
-    signal_clip: float | None = field(
-        default=5.0, metadata={"help": "Stage 2: bound of the scaled signal; null: none."}
-    )
-    signal_bound: float | None = field(
-        default=None, metadata={"help": "Stage 2: a in (0, 1) of the bounded signal log(a e^s + 1 - a); unset: s."}
-    )
-    outcome_gate: bool = field(
-        default=False, metadata={"help": "Stage 2: keep a signal only where it has the sign of the advantage."}
-    )
-    staleness_clip: float | None = field(
-        default=2.0, metadata={"help": "Stage 2: weight a token by old/base, at most this; null: no weight."}
-    )
-    epsilon: float = field(default=0.2, metadata={"help": "Stage 2: width of the trust region below 1, in [0, 1)."})
-    epsilon_high: float = field(default=0.28, metadata={"help": "Stage 2: width of the trust region above 1, >= 0."})
-    steps_per_anchor: int = field(
-        default=4,
-        metadata={
-            "help": "Stage 2: optimizer steps of one batch iteration, over which `old` stays. With 1 the ratio is "
-            "always 1 and the trust region does nothing."
-        },
+    epsilon: BelowOne = setting(0.2, "Stage 2: width of the trust region below 1.")
+    epsilon_high: Width = setting(0.28, "Stage 2: width of the trust region above 1.")
+    steps_per_anchor: Count = setting(
+        4,
+        "Stage 2: optimizer steps of one batch iteration, over which `old` stays. With 1 the ratio is always 1 and "
+        "the trust region does nothing.",
     )
 
     def __post_init__(self):
         # Past GKDConfig's own check, which confines `beta` to [0, 1]: there it interpolates between two divergences.
         super(GKDConfig, self).__post_init__()
-        for name, (value, why) in self.unread_fields.items():
-            self._require(getattr(self, name) == value, name, f"is not read: {why}. Leave it at {value!r}")
-        self._choose("stage", "teacher", "student")
-        self._choose("teacher_loss", "mse", "sapo", "ce")
-        self._choose("teacher_target", "advantage", "sign")
-        self._choose("signal_scale", "std", "rms", "none")
-        for name in ("teacher_beta", "sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
-            self._require(
-                is_number(getattr(self, name), low=0) and getattr(self, name) > 0, name, "must be a finite number > 0"
-            )
-        for name in ("teacher_kl_coef", "beta"):
-            self._require(is_number(getattr(self, name), low=0), name, "must be a finite number >= 0")
-        for name in ("signal_clip", "staleness_clip"):
-            x = getattr(self, name)
-            self._require(x is None or (is_number(x, low=0) and x > 0), name, "must be a finite number > 0, or None")
-        a = self.signal_bound
-        self._require(a is None or (is_number(a, low=0) and 0 < a < 1), "signal_bound", "must be in (0, 1), or None")
-        self._require(is_number(self.epsilon, low=0) and self.epsilon < 1, "epsilon", "must be in [0, 1)")
-        self._require(is_number(self.epsilon_high, low=0, finite=False), "epsilon_high", "must be a number >= 0")
-        steps = self.steps_per_anchor
-        self._require(isinstance(steps, int) and steps >= 1, "steps_per_anchor", "must be a whole number >= 1")
+        check(self)
+        self.require(self.lmbda == 0, "lmbda", "is not read: the rollouts are frozen. Leave it at 0.0")
         if self.teacher_loss == "sapo":
-            self._require(
-                self.teacher_beta == 0.1, "teacher_beta", "is not read by teacher_loss='sapo'; leave it at 0.1"
-            )
-        self.signal = self._read_signal(self.signal)
-
-    def _require(self, ok: bool, name: str, mend: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r} {mend}.")
-
-    def _choose(self, name: str, *allowed: str) -> None:
-        self._require(getattr(self, name) in allowed, name, f"must be one of {', '.join(allowed)}")
-
-    def _read_signal(self, signal):
-        if isinstance(signal, str) and signal.lstrip().startswith("["):  # from a command line
-            try:
-                signal = json.loads(signal)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"signal={signal!r} is not a list in JSON: {error}.") from error
-        if isinstance(signal, str):
-            self._choose("signal", *SIGNALS)
-            return signal
-        terms = [tuple(term) if isinstance(term, (list, tuple)) else term for term in signal or ()]
-        ok = all(
-            isinstance(term, tuple)
-            and len(term) == 3
-            and all(isinstance(name, str) and name.isidentifier() for name in term[:2])
-            and term[0] != term[1]
-            and is_number(term[2])
-            for term in terms
-        )
-        if not (terms and ok):
-            raise ValueError(
-                f"signal={signal!r} must be one of {', '.join(SIGNALS)}, or a list of (num, den, weight): two "
-                f"different policies, such as teacher, unlearned, old, base, and a finite number."
-            )
-        return terms
+            refuse_unread(self, {"teacher_beta": "teacher_loss='sapo' has tau in its place"})
+        self.signal = read_signal(self.signal)
 
     @property
     def policies(self) -> list[str]:
@@ -420,21 +379,12 @@ class ERPDConfig(GKDConfig):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class FrozenRolloutsTrainer(TrustCard, TrustTelemetry, GKDTrainer):
-    """
-    What the two stages of ERPD share: [`~trl.experimental.gkd.GKDTrainer`] on rollouts that do not change.
+class ERPDStageTrainer(FrozenRolloutsTrainer):
+    """What the two stages of ERPD share: its config, of which one `stage` is theirs, and its model card."""
 
-    GKD keeps a teacher on the device and reads whole distributions of both models at each step. Here everything but
-    the policy in training is a constant of the data: its log-probabilities of the sampled tokens are columns, read
-    once. So of GKDTrainer the arguments, the config and what it inherits from `SFTTrainer` remain; its teacher is let
-    go after the reading, and its sampling never happens.
-
-    Logged besides: the `trust/` metrics of every method of this package, with the ratio to base in stage 1 and to the
-    anchor in stage 2, and `entropy`.
-    """
-
+    config_class = ERPDConfig
+    policies_field = "signal"
     stage: ClassVar[str]
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by what the whole step holds, over all processes
 
     _tag_names = ["trl", "trl-trust", "erpd"]
     _name = "ERPD (a reconstruction)"
@@ -444,209 +394,14 @@ class FrozenRolloutsTrainer(TrustCard, TrustTelemetry, GKDTrainer):
         "Changyu Chen and Xiting Wang and Rui Yan",
     )
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
-        args: ERPDConfig | None = None,
-        *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        policies: Mapping[str, str | PreTrainedModel] | None = None,
-        **kwargs,
-    ):
+    def __init__(self, model, teacher_model=None, args=None, **kwargs):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ERPDConfig(f"{model_id.split('/')[-1]}-ERPD", stage=self.stage)
-        if args.stage != self.stage:
-            raise ValueError(f"stage={args.stage!r}: {type(self).__name__} trains the {self.stage}.")
-        policies = dict(policies or {})
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        if teacher_model is not None:
-            policies["teacher"] = teacher_model
-        if args.teacher_model_init_kwargs and not any(isinstance(policy, str) for policy in policies.values()):
-            raise ValueError(
-                f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r}: no policy is given as an id or a "
-                f"folder, so nothing is loaded with it; leave it out."
-            )
-        if isinstance(eval_dataset, Mapping):
-            raise ValueError(
-                f"eval_dataset has {', '.join(map(str, eval_dataset))}: {type(self).__name__} evaluates on one set of "
-                f"rollouts; give one."
-            )
-        train_dataset = self._read(train_dataset, args, policies)
-        if eval_dataset is not None:
-            eval_dataset = self._read(eval_dataset, args, policies)
-        args.remove_unused_columns = False  # the collator reads them all
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-
-        self._window = []  # micro-batches fetched and anchored, not yet trained on
-        self._start_telemetry()
-        # Past GKDTrainer's own constructor: it would put a teacher beside the policy for good, and needs one
-        super(GKDTrainer, self).__init__(
-            model,
-            args=args,
-            data_collator=kwargs.pop("data_collator", None)
-            or partial(collate_rollouts, pad_to_multiple_of=args.pad_to_multiple_of),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
-        disable_dropout_in_model(self.model)
-        add_fused_lm_head(causal_lm(self.model), temperature=args.temperature, outputs=("log_probs", "entropy"))
-        self.add_callback(SaveAtAnchors(self))
-
-        # `base` is the policy before its first update: with a new adapter, the model without it
-        for name in sorted({*args.policies, *policies}):
-            self._add_column(name, policies.get(name, self.model if name == "base" else None))
-
-    @staticmethod
-    def _read(dataset: Dataset, args: ERPDConfig, policies: Mapping[str, Any]) -> Dataset:
-        """Prepare rollouts; `ValueError` if they are not what the stage needs."""
-        if "temperature" in dataset.column_names:
-            others = sorted(set(dataset["temperature"]) - {args.temperature})
-            if others:
-                raise ValueError(
-                    f"temperature={args.temperature!r}, but the rollouts were sampled, and their log-probabilities "
-                    f"taken, at {', '.join(map(str, others))}; set it to that."
-                )
-        dataset = prepare_rollouts(dataset)
-        for name in args.policies:
-            if name != "base" and name not in policies and f"{name}_logps" not in dataset.column_names:
-                given = "`teacher_model`" if name == "teacher" else f"`policies={{{name!r}: ...}}`"
-                raise ValueError(
-                    f"signal={args.signal!r} reads the policy {name!r}, but the rollouts have no column {name}_logps: "
-                    f"add it with `score_rollouts`, pass {given}, or choose another signal."
-                )
-        if args.stage == "teacher" and args.teacher_loss == "ce":
-            low, high = min(dataset["reward"]), max(dataset["reward"])
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"teacher_loss='ce' takes rewards in [0, 1], but they lie in [{low}, {high}]; use 'mse'."
-                )
-        return dataset
-
-    def _add_column(self, name: str, policy: str | PreTrainedModel | None) -> None:
-        """Read `NAME_logps` of both data sets under `policy`, where they lack it; this process an n-th of the rows."""
-        column = f"{name}_logps"
-        lacking = [
-            split
-            for split, data in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset))
-            if data is not None and column not in data.column_names
-        ]
-        if not lacking:
-            return
-        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            raise ValueError(
-                f"the rollouts have no column {column}, and under ZeRO-3 or FSDP no process has a whole model to read "
-                f"it with: write it before, with `trl-trust rollouts` or `score_rollouts`."
-            )
-        if isinstance(policy, str):
-            policy = create_model_from_path(
-                policy, **{"device_map": None, **(self.args.teacher_model_init_kwargs or {})}
-            )
-        if policy is not self.model:
-            columns = ["prompt_ids", "completion_ids"]
-            ids = [getattr(self, split).select_columns(columns).with_format("arrow")[:] for split in lacking]
-            options = {"revision": (self.args.teacher_model_init_kwargs or {}).get("revision")}
-            check_token_ids(name, policy.config, self.processing_class, max(map(max_id, ids)), **options)
-        device, rank, n = policy.device, self.accelerator.process_index, self.accelerator.num_processes
-        policy.to(self.accelerator.device)
-        for split in lacking:
-            data = getattr(self, split)
-            rows = data.select(range(rank, len(data), n)).select_columns(["prompt_ids", "completion_ids"]).to_list()
-            batch_size = self.args.per_device_eval_batch_size
-            logps = completion_logps(policy, rows, temperature=self.args.temperature, batch_size=batch_size)
-            by_process = gather_object(list(zip(range(rank, len(data), n), logps, strict=True)))
-            setattr(self, split, data.add_column(column, [x for _, x in sorted(by_process, key=lambda pair: pair[0])]))
-        policy.to(device)
-
-    # -- what a stage is ---------------------------------------------------------------------------------------------
-
-    @property
-    def steps_per_anchor(self) -> int:
-        """Optimizer steps whose micro-batches are fetched, and anchored, together."""
-        return 1
-
-    def anchor(self, batches: list[dict[str, Tensor]]) -> None:
-        """Prepare the micro-batches of a batch iteration, before its first update."""
-
-    def statistics(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(K,) numbers in float64 that are summed over micro-batches and processes; their sum is `inputs["step"]`."""
-        mask = inputs["labels"][:, 1:] != -100
-        return torch.stack([mask.sum(), mask.new_ones(len(mask)).sum()]).double()  # tokens, responses
-
-    def policy_loss(self, batch: PolicyBatch, inputs: dict[str, Tensor]) -> PolicyLoss:
-        raise NotImplementedError
-
-    # -- the loss ----------------------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if not self._window:
-            self._window = list(islice(epoch_iterator, num_batches * self.steps_per_anchor))
-            self.anchor(self._window)
-        batches, self._window = self._window[:num_batches], self._window[num_batches:]
-        return batches, self._share_statistics(batches)[0] if batches else None
-
-    def _share_statistics(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        step = self.accelerator.reduce(torch.stack([self.statistics(inputs) for inputs in batches]).sum(0), "sum")
-        for inputs in batches:
-            inputs["step"] = step
-        return step
-
-    def training_step(self, *args, **kwargs):
-        # Past GKDTrainer's own, which draws a random number to decide whether to sample
-        return super(GKDTrainer, self).training_step(*args, **kwargs)
-
-    def forward(self, model, inputs: dict[str, Tensor]):
-        """The fused head's output: `log_probs` and `entropy`, (B, T), 0 outside the completion, and `aux_loss`."""
-        names = ("input_ids", "attention_mask", "labels")
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        with self.accelerator.autocast():
-            return model(**{name: inputs[name] for name in names}, **router, fused_lm_head=True, use_cache=False)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs:
-            raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
-        if "step" not in inputs:  # evaluation: a batch is a step of its own
-            with torch.no_grad():
-                self.anchor([inputs])
-                self._share_statistics([inputs])
-        outputs = self.forward(model, inputs)
-        batch = PolicyBatch(
-            logps=apart(outputs.log_probs.float()),
-            old_logps=inputs.get("old_logps", inputs["logps/base"]),
-            mask=(inputs["labels"][:, 1:] != -100).float(),
-            advantages=inputs["advantages"],
-            ref_logps=inputs["logps/base"],
-            rewards=inputs["rewards"],
-        )
-        with torch.enable_grad():
-            policy = self.policy_loss(batch, inputs)
-        metrics = {**policy.metrics, **telemetry(batch, policy, batch.old_logps), "entropy": outputs.entropy}
-        self._record(metrics, batch.mask)
-
-        tokens, responses = inputs["step"][:2].float().clamp(min=1.0)
-        if policy.per_token_loss.shape == batch.mask.shape:
-            loss = (policy.per_token_loss * batch.mask).sum() / tokens
-        else:
-            loss = policy.per_token_loss.sum() / responses
-        loss = loss * self.accelerator.num_processes  # over which DDP averages
-        if self.aux_loss_enabled:
-            accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulation
-        return loss
-
-    # -- metrics and model card --------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
-        for name, numbers in self._recorded(mode).items():
-            numbers = [x for x in numbers if not math.isnan(x)]
-            if numbers:
-                logs[f"{prefix}{name}"] = sum(numbers) / len(numbers)
-        super().log(logs, start_time)
+        stage = getattr(args, "stage", self.stage)
+        if stage != self.stage:
+            raise ValueError(f"stage={stage!r}: {type(self).__name__} trains the {self.stage}.")
+        super().__init__(model, teacher_model, args, **kwargs)
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
@@ -656,31 +411,7 @@ class FrozenRolloutsTrainer(TrustCard, TrustTelemetry, GKDTrainer):
             card.write_text(text.replace("\n# ", f"\n{RECONSTRUCTION}\n\n# ", 1), "utf-8")
 
 
-class SaveAtAnchors(TrainerCallback):
-    """Puts a checkpoint off to the end of the batch iteration: a run resumed there repeats the uninterrupted one.
-
-    Where the best checkpoint counts, evaluations are put off too: else the best would be one that is never written.
-    """
-
-    def __init__(self, trainer: FrozenRolloutsTrainer):
-        self.trainer, self.due = trainer, set()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._window = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        names = ["should_save"]
-        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
-            names.append("should_evaluate")
-        self.due |= {name for name in names if getattr(control, name)}
-        at_anchor = not self.trainer._window or control.should_training_stop
-        for name in names:
-            setattr(control, name, at_anchor and name in self.due)
-        if at_anchor:
-            self.due.clear()
-
-
-class ERPDTeacherTrainer(FrozenRolloutsTrainer):
+class ERPDTeacherTrainer(ERPDStageTrainer):
     """
     Stage 1 of ERPD, a reconstruction (see [`erpd_teacher_loss`]): over-train a policy on its own frozen rollouts.
 
@@ -689,7 +420,7 @@ class ERPDTeacherTrainer(FrozenRolloutsTrainer):
     Args:
         model: `base`, as an id or a model.
         args: [`ERPDConfig`] with `stage="teacher"`.
-        train_dataset, eval_dataset: rollouts, see [`~trl_trust.distill.rollouts.load_rollouts`]. Log-probabilities of
+        train_dataset, eval_dataset: rollouts, see [`~trl_trust.frozen.store.load_rollouts`]. Log-probabilities of
             `base` that are not stored with them are read at construction.
         kwargs: as for [`trl.experimental.gkd.GKDTrainer`]: `processing_class`, `peft_config`, `callbacks`, ...
 
@@ -704,11 +435,16 @@ class ERPDTeacherTrainer(FrozenRolloutsTrainer):
     def __init__(self, model, args=None, **kwargs):
         super().__init__(model, None, args, **kwargs)
 
+    def check_rollouts(self, dataset, args):
+        low, high = min(dataset["reward"]), max(dataset["reward"])
+        if args.teacher_loss == "ce" and (low < 0 or high > 1):
+            raise ValueError(f"teacher_loss='ce' takes rewards in [0, 1], but they lie in [{low}, {high}]; use 'mse'.")
+
     def policy_loss(self, batch, inputs):
         return erpd_teacher_loss(batch, **self.settings(erpd_teacher_loss))
 
 
-class ERPDTrainer(FrozenRolloutsTrainer):
+class ERPDTrainer(ERPDStageTrainer):
     """
     Stage 2 of ERPD, a reconstruction (see [`erpd_student_loss`]): distil a teacher's token signal into `base`.
 
@@ -760,10 +496,3 @@ class ERPDTrainer(FrozenRolloutsTrainer):
         if "logps/teacher" in inputs:
             metrics["erpd/kl_teacher"] = frozen_kl(batch.logps.detach(), inputs["logps/teacher"], batch.ref_logps)
         return replace(policy, metrics=metrics)
-
-
-def main(argv: Sequence[str]) -> int:
-    """`trl-trust erpd --config recipe.yaml`: the rounds from end to end, see [`trl_trust.distill.rounds`]."""
-    from .rounds import main
-
-    return main(argv)

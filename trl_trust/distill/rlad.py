@@ -28,8 +28,8 @@ from ..policy.base import (
     clipped_surrogate,
     paper,
 )
-from ..settings import BelowOne, Fraction, NonNegative, Positive, require, setting
-from .common import as_mapping, check_token_ids, text_tokenizer
+from ..settings import BelowOne, Fraction, NonNegative, Positive, as_mapping, require, setting
+from ..tokens import check_token_ids, text_tokenizer
 
 
 logger = get_logger(__name__)

@@ -24,19 +24,14 @@ from torch.distributed.fsdp import StateDictType
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
+from ..frozen.logps import score_rollouts
+from ..frozen.sampling import RolloutsConfig, write_rollouts
+from ..frozen.script import load_sources, model_init_kwargs
+from ..frozen.store import claim, load_rollouts
 from ..methods import Method
 from ..script import RecipeParser, TrustScriptArguments
-from .common import as_mapping
+from ..settings import as_mapping
 from .erpd import ERPDConfig, ERPDTeacherTrainer, ERPDTrainer
-from .rollouts import (
-    RolloutsConfig,
-    claim,
-    load_rollouts,
-    load_sources,
-    model_init_kwargs,
-    score_rollouts,
-    write_rollouts,
-)
 
 
 # Inherited settings that decide what a stage makes; with ERPDConfig's own, a stage is refused if they have changed.
@@ -76,7 +71,7 @@ class ERPDScriptArguments(TrustScriptArguments):
         rounds (`int`, *optional*, defaults to `1`):
             Rounds; each begins at the student of the last.
         rollouts (`dict`, *optional*):
-            Fields of [`~trl_trust.distill.rollouts.RolloutsConfig`], but `output_dir` and `temperature`, which is that
+            Fields of [`~trl_trust.frozen.sampling.RolloutsConfig`], but `output_dir` and `temperature`, which is that
             of the stages. `seed` is that of round 1 and grows by 1 a round.
         teacher, student (`dict`, *optional*):
             Fields of [`ERPDConfig`] for one stage only, such as `num_train_epochs`; but those in [`OF_THE_ROUNDS`].

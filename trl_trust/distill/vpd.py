@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..lookup import load_function
+from ..lookup import finished, load_function
 from ..policy.base import (
     LOG_RATIO_LIMIT,
     PolicyBatch,
@@ -34,7 +34,6 @@ from ..policy.base import (
 )
 from ..policy.hidden import HiddenStates
 from ..settings import BelowOne, Count, Fraction, Number, Positive, Settings, Whole, check, setting
-from .common import finished
 from .feedback import as_text, insert_feedback, without_thoughts
 
 

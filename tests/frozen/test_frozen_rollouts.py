@@ -16,16 +16,10 @@ from tiny import ZeRO3, digits_reward, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations import deepspeed
 
-from trl_trust.distill import rollouts
-from trl_trust.distill.rollouts import (
-    RolloutsConfig,
-    collate_rollouts,
-    completion_logps,
-    load_rollouts,
-    prepare_rollouts,
-    score_rollouts,
-    write_rollouts,
-)
+from trl_trust.frozen import sampling, script
+from trl_trust.frozen.logps import collate_rollouts, completion_logps, score_rollouts
+from trl_trust.frozen.sampling import RolloutsConfig, write_rollouts
+from trl_trust.frozen.store import load_rollouts, prepare_rollouts
 from trl_trust.quickstart.task import problems
 
 
@@ -87,14 +81,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(written, tiny_model_path, t
     assert contents(tmp_path) == contents(written)
 
     loads = []
-    monkeypatch.setattr(rollouts, "load_policy", lambda *args: loads.append(args))
+    monkeypatch.setattr(sampling, "load_policy", lambda *args: loads.append(args))
     write(tiny_model_path, tmp_path, failing_reward)
     assert loads == []  # a finished run does not even load the model
 
 
 def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
     script = (
-        "import sys; from test_rollouts import write; from tiny import leave; from accelerate import PartialState; "
+        "import sys; from test_frozen_rollouts import write; from tiny import leave; "
+        "from accelerate import PartialState; "
         "assert PartialState(cpu=True).num_processes == 2; write(sys.argv[1], sys.argv[2]); leave()"
     )
     (tmp_path / "run.py").write_text(script)
@@ -487,8 +482,8 @@ def test_command_line(written, tiny_model_path, tmp_path, capsys):
     recipe |= {"dataset_name": str(tmp_path / "data.jsonl"), "num_processes": 2}  # the last is the launcher's
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     words = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
-    assert rollouts.main(words) == 0
+    assert script.main(words) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(written)
     with pytest.raises(ValueError, match="no reward: set `reward_funcs`"):
-        rollouts.main(["--model_name_or_path", tiny_model_path, "--output_dir", str(tmp_path / "x")])
+        script.main(["--model_name_or_path", tiny_model_path, "--output_dir", str(tmp_path / "x")])

@@ -1,45 +1,10 @@
-"""What the methods with a teacher check alike: mappings from a command line, and token ids that two models share."""
-
-import asyncio
-import inspect
-import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+"""Token ids that two models share, or do not: log-probabilities of other tokens mean nothing."""
 
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 logger = get_logger(__name__)
-
-
-def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """The mapping in the field `name`, which on a command line is JSON; `None` stays `None`.
-
-    Raises:
-        ValueError: if it is none, naming the field.
-    """
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={value!r} is no mapping: {error}; write it as JSON.") from error
-    if found is not None and not isinstance(found, Mapping):
-        raise ValueError(f"{name}={value!r} must be a mapping of names to values.")
-    return None if found is None else dict(found)
-
-
-def finished(output: Any) -> Any:
-    """What a function returned; if it is async, what it returns in the end."""
-    if not inspect.iscoroutine(output):
-        return output
-    with ThreadPoolExecutor(1) as thread:  # a notebook has a running event loop, into which `run` cannot go
-        return thread.submit(asyncio.run, output).result()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Token ids
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def text_tokenizer(processing_class) -> PreTrainedTokenizerBase:
