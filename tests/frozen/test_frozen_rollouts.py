@@ -94,7 +94,7 @@ def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
     )
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])  # tests, and this package
     command += [str(tmp_path / "run.py"), tiny_model_path, str(tmp_path / "out")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=240)
     assert contents(tmp_path / "out") == contents(written)

@@ -28,7 +28,7 @@ from trl_trust import (
     TrustGRPOTrainer,
 )
 from trl_trust.methods import METHODS, get_method
-from trl_trust.policy.base import MULTIMODAL_INPUTS, _shuffle_groups
+from trl_trust.policy.base import MULTIMODAL_INPUTS, _shuffle_groups, extras_of
 from trl_trust.policy.config import AGGREGATIONS
 from trl_trust.policy.telemetry import (
     _join_processes,
@@ -310,6 +310,57 @@ class Probe(TrustGRPOTrainer):
     def policy_loss(self, batch):
         self.batches.append(batch)
         return super().policy_loss(batch)
+
+
+class Replaces(TrustGRPOTrainer):
+    """Gives advantages, old log-probabilities and a mask of its own, and reads more in its forward."""
+
+    def extend_rollouts(self, rollouts):
+        tokens = rollouts.tensors["completion_mask"]  # (n, T)
+        with pytest.raises(TypeError):
+            rollouts.tensors["advantages"] = tokens
+        self.row = torch.arange(len(tokens)).float()  # (n,)
+        self.mask = tokens * (torch.arange(tokens.size(1)) % 2 == 0)
+        return {"advantages": self.row, "old_logps": -tokens.float(), "mask": self.mask, "row": self.row}
+
+    def score_completions(self, model, inputs, batch_size=None):
+        row = extras_of(inputs)["row"]
+        logps, *rest = super().score_completions(model, inputs, batch_size)
+        return logps, *rest, {"twice": 2 * row, "seen": logps}
+
+    def policy_loss(self, batch):
+        row = batch.extras["row"]
+        assert torch.equal(batch.advantages[:, 0], row) and torch.equal(batch.extras["twice"], 2 * row)
+        assert torch.equal(batch.mask, self.mask[row.long()].float())
+        assert torch.equal(batch.old_logps * batch.mask, -batch.mask)
+        assert batch.extras["seen"].requires_grad and batch.extras["seen"].shape == batch.logps.shape
+        self.checked = getattr(self, "checked", 0) + 1
+        return super().policy_loss(batch)
+
+
+def test_a_method_may_replace_advantages_old_logps_and_mask_and_read_more_in_its_forward(tiny_model_path, tmp_path):
+    trainer = tiny_run(Replaces, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path))
+    assert trainer.checked == 4
+    # the loss is divided by the tokens that count now, over the whole generation batch
+    assert trainer._buffered_inputs[0]["num_items_in_batch"] == trainer.mask.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda n, T: {"any": torch.zeros(n - 1)}, "'any' has 15 rows, but the batch has 16"),
+        (lambda n, T: {"mask": torch.ones(n)}, r"'mask' has shape \(16,\); expected \(16, \d+\)\."),
+        (lambda n, T: {"old_logps": torch.ones(n, T + 1)}, "'old_logps' has shape"),
+        (lambda n, T: {"advantages": torch.ones(n, 1)}, r"'advantages' has shape \(16, 1\); .* or \(16,\)\."),
+    ],
+)
+def test_rows_of_another_shape_are_refused(given, message, tiny_model_path, tmp_path):
+    class Wrong(TrustGRPOTrainer):
+        def extend_rollouts(self, rollouts):
+            return given(*rollouts.tensors["completion_ids"].shape)
+
+    with pytest.raises(ValueError, match=message):
+        tiny_run(Wrong, tiny_model_path, tiny_config(TrustGRPOConfig, tmp_path))
 
 
 def test_rewards_groups_and_extras_survive_the_shuffle(tiny_model_path, tmp_path):

@@ -265,9 +265,9 @@ def test_full_divergence_is_that_of_the_logits(config):
         for p in model.parameters():  # updates since generation, of the head too
             p.add_(0.05 * torch.randn_like(p))
 
-    with old.comparing(torch.cat(hidden), live):
+    with old.comparing(torch.cat(hidden), live) as left:
         model(ids)
-    got = old.pop_divergence()
+    got = left["divergence"]
     new = log_probs()
     expected = (new.exp() * (new - expected_old)).sum(-1) * live
     assert expected[0].min() > 1e-5
@@ -292,9 +292,9 @@ def test_direction_of_the_full_divergence():  # 4
     with torch.no_grad(), distribution.recording(1) as hidden:
         model.base_model(ones)
     model.head.weight.data = torch.tensor([[0.9], [0.1]]).log()
-    with distribution.comparing(torch.cat(hidden), torch.ones(1, 1, dtype=torch.bool)):
+    with distribution.comparing(torch.cat(hidden), torch.ones(1, 1, dtype=torch.bool)) as left:
         model.base_model(ones)
-    assert distribution.pop_divergence().item() == pytest.approx(0.368064, abs=1e-6)
+    assert left["divergence"].item() == pytest.approx(0.368064, abs=1e-6)
 
 
 # -- config -----------------------------------------------------------------------------------------------------------

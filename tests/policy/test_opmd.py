@@ -321,9 +321,7 @@ def test_each_process_takes_its_own_rows(tiny_model_path, tmp_path):
     trainer = tiny_trainer(OPMDTrainer, tiny_model_path, tiny_config(OPMDConfig, tmp_path))
     rewards, taken = f64([1, 0, 0, 0, 5, 9, 7, 7]), []
     for rows in (slice(0, 4), slice(4, 8)):
-        rollouts = Rollouts([], [], [], [], rewards, 4, rows, {})
-        trainer.extend_rollouts(rollouts)
-        taken.append(rollouts.tensors["advantages"])
+        taken.append(trainer.extend_rollouts(Rollouts([], [], [], [], rewards, 4, rows, {}))["advantages"])
     assert [x.tolist() for x in taken] == [[0.75, -0.25, -0.25, -0.25], [-2.0, 2.0, 0.0, 0.0]]
 
 

@@ -30,6 +30,7 @@ from ..policy.base import (
     Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
+    extras_of,
     paper,
 )
 from ..policy.hidden import HiddenStates
@@ -382,7 +383,6 @@ class VPDTrainer(TrustGRPOTrainer):
         self.rollout_batches = 0  # begun so far
         self._e_step: EStep | None = None  # the one to be made in this optimizer step
         self._micro_batches: list[dict[str, Any]] = []
-        self._pending: Any = None  # what the forward left for `policy_loss`
         self._hidden = HiddenStates(self.model, self.temperature, config.cast_lm_head_to_fp32)
         topk = config.distillation_topk if config.distillation_mode == "topk_logits" else None
         self._divergence = partial(
@@ -426,15 +426,13 @@ class VPDTrainer(TrustGRPOTrainer):
         as_column = lambda flags: torch.tensor([[bool(x)] for x in flags], device=device) & fits[:, None]
         has_feedback = as_column(feedback)  # (n, 1)
 
-        # Tokens of a response without feedback do not count: masked as those of a tool are, and not counted
-        mine = tensors["completion_mask"] * tensors.get("tool_mask", 1)
-        tensors["tool_mask"] = mine * has_feedback  # (n, T)
-        tensors["num_items_in_batch"] = self.accelerator.gather(tensors["tool_mask"].sum()).sum()
-
+        # Tokens of a response without feedback do not count
+        mask_of_tokens = tensors["completion_mask"] * tensors.get("tool_mask", 1) * has_feedback  # (n, T)
         own = rollouts.rewards[rollouts.rows]
         success = (own >= self.args.success_reward_threshold).float()  # (n,)
-        counts = has_feedback.squeeze(1) & ~own.isnan() & (tensors["tool_mask"].sum(1) > 0)
+        counts = has_feedback.squeeze(1) & ~own.isnan() & (mask_of_tokens.sum(1) > 0)
         extras = {
+            "mask": mask_of_tokens,
             "teacher_prompt_ids": ids[:, -width:],
             "teacher_prompt_mask": mask[:, -width:],
             "success": success.masked_fill(~counts, torch.nan),
@@ -494,19 +492,17 @@ class VPDTrainer(TrustGRPOTrainer):
     def score_completions(self, model, inputs, batch_size=None):
         if self._in_e_step:
             part = self.rollout_step % self.args.gradient_accumulation_steps
-            self._pending, aux_loss = self._e_step_loss(model, inputs, part)
-            return self._e_step.logps[part].clone().requires_grad_(), self._e_step.entropies[part], aux_loss
-        *scored, self._pending = self._score_both(model, inputs)
-        return tuple(scored)
+            shares, aux_loss = self._e_step_shares(model, inputs, part)
+            logps, entropies = self._e_step.logps[part], self._e_step.entropies[part]
+            return logps.clone().requires_grad_(), entropies, aux_loss, {"e_shares": shares}
+        return self._score_both(model, inputs)
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
-        pending, self._pending = self._pending, None
-        if self._in_e_step:
+        if "e_shares" in batch.extras:
             # the base divides by the accumulation, and processes average their gradients: the shares have to add up
             parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
-            return PolicyLoss(torch.zeros_like(batch.logps), batch_loss=pending * parts)
+            return PolicyLoss(torch.zeros_like(batch.logps), batch_loss=batch.extras["e_shares"].sum() * parts)
         feedback = batch.extras["feedback"]  # (B, 3)
-        batch = replace(batch, extras={**batch.extras, **pending})
         loss = vpd_loss(batch, **self.settings(vpd_loss))
         names = ("vpd/feedback/any", "vpd/feedback/text", "vpd/feedback/solution")
         return replace(loss, metrics={**loss.metrics, **dict(zip(names, feedback.split(1, dim=1), strict=True))})
@@ -540,8 +536,8 @@ class VPDTrainer(TrustGRPOTrainer):
         left.pop("hidden", None)
         return *scored, left
 
-    def _e_step_loss(self, model, inputs, part: int) -> tuple[Tensor, Tensor | None]:
-        """Share of L_E of one micro-batch (0-d), through the teacher, and the auxiliary loss."""
+    def _e_step_shares(self, model, inputs, part: int) -> tuple[Tensor, Tensor | None]:
+        """Shares of L_E of the responses of one micro-batch, through the teacher, and the auxiliary loss."""
         e_step = self._e_step
         teacher_logps, _, aux_loss = self._score(
             model, as_teacher(inputs), None, compute_aux_loss=self.aux_loss_enabled
@@ -549,8 +545,8 @@ class VPDTrainer(TrustGRPOTrainer):
         reward = implicit_reward(
             teacher_logps, e_step.ref_logps[part], live_mask(inputs), **self.settings(implicit_reward)
         )
-        shares = preference_loss(reward, inputs["extras/success"], e_step.shift, e_step.n_pos, e_step.n_neg)
-        return shares.sum(), aux_loss
+        success = extras_of(inputs)["success"]
+        return preference_loss(reward, success, e_step.shift, e_step.n_pos, e_step.n_neg), aux_loss
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -579,8 +575,8 @@ class VPDTrainer(TrustGRPOTrainer):
                 # the M-step that follows starts from another policy than the one that generated
                 inputs.setdefault("old_per_token_logps", self._e_step.logps[part])
                 with self.compute_loss_context_manager():
-                    loss, aux_loss = self._e_step_loss(model, inputs, part)
-                    loss = loss * self.accelerator.num_processes
+                    shares, aux_loss = self._e_step_shares(model, inputs, part)
+                    loss = shares.sum() * self.accelerator.num_processes
                     if self.aux_loss_enabled:
                         loss = loss + self.router_aux_loss_coef * aux_loss / len(self._micro_batches)
                 self.accelerator.backward(loss)
@@ -600,14 +596,14 @@ class VPDTrainer(TrustGRPOTrainer):
         distance = torch.zeros(2, device=self.accelerator.device)
         for inputs in self._micro_batches:
             student, entropy, _, left = self._score_both(self.model, inputs)
-            prior = inputs.get("extras/prior_logps", student)
+            prior = extras_of(inputs).get("prior_logps", student)
             mask = live_mask(inputs)
             rewards.append(implicit_reward(left["teacher_logps"], prior, mask, **self.settings(implicit_reward)))
             kl = left.get("divergence", student - left["teacher_logps"])
             distance += torch.stack([(kl * mask).sum(), mask.sum()])
             logps.append(student), entropies.append(entropy), priors.append(prior)
         reward = torch.cat(rewards)
-        success = torch.cat([inputs["extras/success"] for inputs in self._micro_batches])
+        success = torch.cat([extras_of(inputs)["success"] for inputs in self._micro_batches])
 
         total = self.accelerator.reduce(torch.cat([class_sums(reward, success), distance])).tolist()
         reward_pos, n_pos, reward_neg, n_neg, kl, tokens = total
@@ -652,8 +648,8 @@ class _AfterStep(TrainerCallback):
 
 def as_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same completions after the teacher's prompts."""
-    prompts = {name: inputs[f"extras/teacher_{name}"] for name in ("prompt_ids", "prompt_mask")}
-    return {**inputs, **prompts}
+    extras = extras_of(inputs)
+    return {**inputs, **{name: extras[f"teacher_{name}"] for name in ("prompt_ids", "prompt_mask")}}
 
 
 def live_mask(inputs: dict[str, Any]) -> Tensor:

@@ -325,7 +325,7 @@ class ALPTrainer(TrustGRPOTrainer):
             self._generated_at = self.state.global_step
             # TRL leaves them out where updates and generations are aligned; the ratio would be the policy's to itself
             if "old_per_token_logps" not in rollouts.tensors:
-                rollouts.tensors["old_per_token_logps"] = self.score_rollouts(rollouts.tensors)
+                return {"old_logps": self.score_rollouts(rollouts.tensors)}
         return {}
 
     def score_completions(self, model, inputs, batch_size=None):

@@ -12,10 +12,11 @@ private name it touches was read in TRL 1.16; tests/test_trl_contract.py fails w
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -87,6 +88,7 @@ __all__ = [
     "beyond",
     "clip_ratios",
     "clipped_surrogate",
+    "extras_of",
     "grpo_loss",
     "importance_ratio",
     "is_number",
@@ -116,6 +118,16 @@ MULTIMODAL_INPUTS = (
 )
 
 
+# What a method returns from `extend_rollouts` under one of these names takes the place of what TRL 1.16 made.
+RESERVED = {"advantages": "advantages", "old_logps": "old_per_token_logps", "mask": "tool_mask"}
+_EXTRA = "extras/"  # what stands before the other names among TRL's row tensors, so that it never meets one of those
+
+
+def extras_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Row tensors that [`TrustGRPOTrainer.extend_rollouts`] attached to the rows of a micro-batch, by name."""
+    return {key.removeprefix(_EXTRA): x for key, x in inputs.items() if key.startswith(_EXTRA)}
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """One generation batch before it is shuffled and split. n rows here, N over all processes.
@@ -128,7 +140,8 @@ class Rollouts:
         rewards: (N,) weighted sum of the rewards over *all* processes, whole groups in order; NaN where unscored.
         num_generations: responses a prompt; `rewards.view(-1, num_generations)` has one group a row.
         rows: the slice of the N rows that this process holds.
-        tensors: what `GRPOTrainer` made of them: padded ids and masks, `advantages` (n,), log-probabilities.
+        tensors: what `GRPOTrainer` made of them: padded ids and masks, `advantages` (n,), log-probabilities. To read;
+            `extend_rollouts` returns what is to take their place.
     """
 
     examples: list[dict[str, Any]]
@@ -138,7 +151,7 @@ class Rollouts:
     rewards: Tensor
     num_generations: int
     rows: slice
-    tensors: dict[str, Any]
+    tensors: Mapping[str, Any]
 
 
 class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOTrainer):
@@ -323,6 +336,13 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         """Row tensors, (n, ...), to attach to a generation batch; they reach `PolicyBatch.extras` through the shuffle.
 
         Called once a generation batch, on every process: the place for teacher log-probabilities and group statistics.
+        Three names are reserved, and replace what is there: `advantages`, (n,) or (n, T); `old_logps`, (n, T); `mask`,
+        (n, T), 1 where a token of the completion counts, after which the tokens of all processes are counted anew.
+        Every process has to return the same names.
+
+        Raises:
+            ValueError: from the caller, for a tensor of another number of rows, or of a reserved name and another
+                shape.
         """
         return {}
 
@@ -387,12 +407,29 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         output["rewards"] = rewards[rows]  # (n,)
         output["group"] = torch.arange(start, start + n, device=rewards.device) // num_generations  # (n,)
         extras = self.extend_rollouts(
-            Rollouts(examples, prompts, completions, completion_ids, rewards, num_generations, rows, output)
+            Rollouts(
+                examples,
+                prompts,
+                completions,
+                completion_ids,
+                rewards,
+                num_generations,
+                rows,
+                MappingProxyType(output),
+            )
         )
+        tokens = output["completion_mask"]  # (n, T)
         for name, tensor in extras.items():
             if len(tensor) != n:
                 raise ValueError(f"extend_rollouts: {name!r} has {len(tensor)} rows, but the batch has {n}.")
-            output[f"extras/{name}"] = tensor
+            if name in RESERVED and tensor.shape != tokens.shape and (name != "advantages" or tensor.ndim != 1):
+                raise ValueError(
+                    f"extend_rollouts: {name!r} has shape {tuple(tensor.shape)}; expected {tuple(tokens.shape)}"
+                    f"{f' or ({n},)' if name == 'advantages' else ''}."
+                )
+            output[RESERVED.get(name, f"{_EXTRA}{name}")] = tensor
+        if "mask" in extras:
+            output["num_items_in_batch"] = self.accelerator.gather((tokens * extras["mask"]).sum()).sum()
         return output
 
     def _prepare_inputs(self, generation_batch):
@@ -422,8 +459,8 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns the loss only; leave it False.")
-        logps, entropies, aux_loss = self.score_completions(model, inputs)
-        batch = self._policy_batch(inputs, apart(logps), entropies)
+        logps, entropies, aux_loss, *left = self.score_completions(model, inputs)
+        batch = self._policy_batch(inputs, apart(logps), entropies, *left)
         if self.model.training:
             self.measure_step(batch, inputs)
         anchor_logps = batch.sampler_logps if self.args.anchors_on_sampler else batch.old_logps
@@ -457,10 +494,12 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         self._record(metrics, batch.mask)
         return loss
 
-    def score_completions(self, model, inputs, batch_size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def score_completions(self, model, inputs, batch_size: int | None = None) -> tuple:
         """Log-probabilities (B, T) and entropies (B, T) of the completion tokens, and the MoE auxiliary loss (0-d).
 
-        One forward, or one for every `batch_size` rows.
+        One forward, or one for every `batch_size` rows. A method that reads more in its forward returns a fourth
+        thing, a mapping of row tensors with their gradient, which reach `PolicyBatch.extras`; see [`extras_of`] for
+        those that `inputs` brings.
         """
         return self._score(model, inputs, batch_size, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
 
@@ -555,7 +594,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         # TRL 1.16: `_metrics` maps a name to the values since the last log, of which the main process logs the mean
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _policy_batch(self, inputs, logps: Tensor, entropies: Tensor) -> PolicyBatch:
+    def _policy_batch(self, inputs, logps: Tensor, entropies: Tensor, left: Mapping = MappingProxyType({})):
         mask, advantages = inputs["completion_mask"], inputs["advantages"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -570,7 +609,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             sampling_logps=inputs.get("sampling_per_token_logps"),
             rewards=inputs.get("rewards"),
             group=inputs.get("group"),
-            extras={key.removeprefix("extras/"): inputs[key] for key in inputs if key.startswith("extras/")},
+            extras={**extras_of(inputs), **left},
         )
 
     def _entropy_mask(self, entropies: Tensor, mask: Tensor) -> Tensor | None:

@@ -9,17 +9,26 @@ Provenance: **adapted**. Objective, direction of the KL, several steps and annea
 token, the `unbiased` estimator and the form per response are a reconstruction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..anatomy import whole
 from ..settings import Positive, PositiveOrInf, setting
-from .base import LOG_RATIO_LIMIT, PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer, paper
+from .base import (
+    LOG_RATIO_LIMIT,
+    PolicyBatch,
+    PolicyLoss,
+    Rollouts,
+    TrustGRPOConfig,
+    TrustGRPOTrainer,
+    extras_of,
+    paper,
+)
 from .config import NO_CLIP, require_whole_responses
-from .hidden import whole
 from .old_policy import OldDistribution
 
 
@@ -188,14 +197,13 @@ class MDPOTrainer(TrustGRPOTrainer):
         return {"old_hidden": torch.cat(hidden)}  # (n, T, d)
 
     def score_completions(self, model, inputs, batch_size=None):
-        if "extras/old_hidden" not in inputs:
+        old_hidden = extras_of(inputs).get("old_hidden")
+        if old_hidden is None:
             return super().score_completions(model, inputs, batch_size)
-        with self._old_policy.comparing(inputs["extras/old_hidden"], inputs["completion_mask"] > 0):
-            return super().score_completions(model, inputs, batch_size)
+        with self._old_policy.comparing(old_hidden, inputs["completion_mask"] > 0) as left:
+            return *super().score_completions(model, inputs, batch_size), left
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
-        if "old_hidden" in batch.extras:
-            batch = replace(batch, extras={"divergence": self._old_policy.pop_divergence()})
         return mdpo_loss(batch, **{**self.settings(mdpo_loss), "step_size": self.step_size()})
 
 

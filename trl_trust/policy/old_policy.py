@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from .hidden import HiddenStates, whole
+from ..anatomy import whole
+from .hidden import HiddenStates
 
 
 class OldDistribution(HiddenStates):
@@ -27,7 +28,6 @@ class OldDistribution(HiddenStates):
                 "ZeRO-2 or divergence='unbiased'."
             )
         self.old_head: tuple[Tensor, Tensor | None] | None = None
-        self._divergence: Tensor | None = None
 
     @contextmanager
     def recording(self, length: int) -> Iterator[list[Tensor]]:
@@ -45,11 +45,19 @@ class OldDistribution(HiddenStates):
         # in the dtype of the projection: what that would round is not worth keeping
         chunks.append(hidden.to(self.compute_dtype(hidden), copy=True))
 
-    def comparing(self, old_hidden: Tensor, live: Tensor):
-        """Within it, a forward leaves KL(new || old) at the `live` (B, T) tokens; `old_hidden` is (B, T, d)."""
-        return self.reading(partial(self._compare, old_hidden, live), live.size(1))
+    @contextmanager
+    def comparing(self, old_hidden: Tensor, live: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Within it, a forward leaves `divergence` in the mapping, (B, T): KL(new || old) at the `live` tokens.
 
-    def _compare(self, old_hidden: Tensor, live: Tensor, hidden: Tensor) -> None:
+        Args:
+            old_hidden: (B, T, d), as they were recorded.
+            live: (B, T), bool.
+        """
+        left: dict[str, Tensor] = {}
+        with self.reading(partial(self._compare, left, old_hidden, live), live.size(1)):
+            yield left
+
+    def _compare(self, left: dict[str, Tensor], old_hidden: Tensor, live: Tensor, hidden: Tensor) -> None:
         head = self.causal_lm.get_output_embeddings()
         hidden = hidden.to(self.compute_dtype(hidden))  # (B, T, d)
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are as autocast would make them
@@ -65,9 +73,4 @@ class OldDistribution(HiddenStates):
                 *(self.scale, self.softcap) * 2,  # of student and teacher
             )
         # `masked_scatter` keeps the graph when nothing is live: no process may skip a backward
-        self._divergence = kl.new_zeros(live.shape).masked_scatter(live, kl)  # (B, T)
-
-    def pop_divergence(self) -> Tensor:
-        """The (B, T) divergence of the last forward, forgotten here, so that its graph can be freed."""
-        divergence, self._divergence = self._divergence, None
-        return divergence
+        left["divergence"] = kl.new_zeros(live.shape).masked_scatter(live, kl)  # (B, T)

@@ -169,10 +169,9 @@ class OPMDTrainer(TrustGRPOTrainer):
     def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
         by_group = rollouts.rewards.view(-1, rollouts.num_generations)
         advantages = opmd_advantages(by_group, tau=self.args.tau, baseline=self.args.baseline)
-        rollouts.tensors["advantages"] = advantages.flatten()[rollouts.rows]
         if self.args.reset_optimizer and self.model.training:
             self.optimizer.state.clear()  # torch's optimizers make their state anew in the next step
-        return {}
+        return {"advantages": advantages.flatten()[rollouts.rows]}
 
     def policy_loss(self, batch: PolicyBatch) -> PolicyLoss:
         return opmd_loss(batch, **self.settings(opmd_loss))
