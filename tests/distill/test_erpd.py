@@ -872,7 +872,7 @@ def two_processes(tiny_model_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("two-processes")
     freeze(tiny_model_path, out / "rollouts")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
     done = subprocess.run([*command, str(out), tiny_model_path], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
