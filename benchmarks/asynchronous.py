@@ -214,19 +214,21 @@ def report() -> None:
     TABLE.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, variant in enumerate(v for v in VARIANTS if v in drawn):
-        lags, means, low, high = zip(*drawn[variant], strict=True)
-        at = [LAGS.index(lag) + 0.07 * (i - 3.5) for lag in lags]
-        errors = [[m - x for m, x in zip(means, low, strict=True)], [x - m for m, x in zip(means, high, strict=True)]]
-        style = {"color": "black", "linewidth": 2} if variant == "stock" else {"color": f"C{i}", "linewidth": 1}
-        axes.errorbar(at, means, yerr=errors, marker="o", markersize=4, capsize=2, label=variant, **style)
-    axes.axhline(mean([score for _, score in starts]), color="gray", linestyle=":", label="start")
-    axes.set(xticks=range(len(LAGS)), xticklabels=LAGS, xlabel="lag of the worker, weight versions")
-    axes.set(ylabel="held-out pass@1 (mean over starts, 95 %)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=3, fontsize="small")
+        color = "black" if variant == "stock" else f"C{i}"
+        for k, (lag, value, low, high) in enumerate(drawn[variant]):
+            few = low == high  # less than three starts: hollow, no interval
+            at, errors = LAGS.index(lag) + 0.09 * (i - 3.5), [[value - low], [high - value]]
+            style = {"color": color, "mfc": "white" if few else color, "label": None if k else variant}
+            axes.errorbar([at], [value], yerr=None if few else errors, fmt="o", markersize=5, capsize=3, **style)
+    axes.axhline(mean([score for _, score in starts]), color="gray", linestyle=":", label="before training")
+    axes.set(xticks=range(len(LAGS)), xticklabels=LAGS, xlabel="lag of the worker, weight versions", xlim=(-0.5, 3.5))
+    axes.set(ylabel="held-out pass@1", ylim=(0, None), title="mean over starts, 95 %; hollow: one or two starts")
+    axes.grid(axis="y", alpha=0.3)
+    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
     figure.savefig(PICTURE)
 
 

@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict | Callable[[], dict]] = {
 }
 
 
-# A bound that two of the four steps here meet as they are; the others are undone
+# A bound that two of the four steps here meet as they are; the others are taken back
 CONTROLS = {"backtrack": {"target_kl": 0.03, "max_kl": 0.03}}
 
 
