@@ -211,6 +211,15 @@ def test_a_loss_of_a_response_is_refused(tiny_model_path, tmp_path):
         async_run(OneLossAResponse, tiny_model_path, async_config(output_dir=tmp_path), GivenRows(rows(24)))
 
 
+def test_what_biases_the_ratio_is_warned_of(tiny_model_path, tmp_path, caplog):
+    for changes, said in ({}, None), ({"top_p": 0.9, "min_p": 0.1}, "top_p=0.9, min_p=0.1: the sampler renormalizes"):
+        caplog.clear()
+        args = async_config(output_dir=tmp_path, **changes)
+        async_trainer(AsyncTrustGRPOTrainer, tiny_model_path, args, GivenRows([]))
+        found = [record.message for record in caplog.records if "asynchronous" in record.name]
+        assert [message for message in found if said and said in message] == found and bool(found) == bool(said)
+
+
 def test_a_term_that_is_not_finite_leaves_the_update_out(tiny_model_path, tmp_path):
     class Broken(AsyncTrustGRPOTrainer):
         def policy_loss(self, batch):

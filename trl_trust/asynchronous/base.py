@@ -11,26 +11,29 @@ What it relies on was read in TRL 1.16; tests/test_trl_contract.py fails where t
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from ..cards import TrustCard
-from ..policy.base import METHOD_STATE_FILE
+from ..policy.base import METHOD_STATE_FILE, active_dropout
 from ..policy.control import SteeredSteps
 from ..policy.telemetry import TrustTelemetry, telemetry
 from ..policy.terms import PolicyBatch, PolicyLoss, grpo_loss
 from .config import AsyncTrustGRPOConfig
 from .intake import RowIntake
 
+
+logger = get_logger(__name__)
 
 PADDING_LOGP = -1.0  # of positions outside the mask: a log-probability that no term chokes on
 
@@ -90,7 +93,24 @@ class AsyncTrustGRPOTrainer(TrustCard, TrustTelemetry, SteeredSteps, AsyncGRPOTr
                 count=lambda name: self.log_value(name, 1.0),
                 end_row=self._end_row if self.accelerator.num_processes > 1 else None,
             )
+        if args.step_control == "backtrack" and self.accelerator.scaler is not None:
+            raise ValueError("step_control='backtrack' takes steps back, which fp16's scaler may skip; use bf16=True.")
         self.start_control(1)
+        for warning in self._warnings():
+            logger.warning(warning)
+
+    def _warnings(self) -> Iterator[str]:
+        """What is legal and puts something else than the policy's own movement into the ratio."""
+        if (found := active_dropout(self.model)) is not None:
+            name, rate = found
+            yield f"{name}={rate}: the server samples without dropout, so the ratio holds its noise; set {name} to 0."
+        args = self.args
+        cuts = {"top_p": args.top_p < 1, "top_k": args.top_k > 0, "min_p": bool(args.min_p)}
+        if given := ", ".join(f"{name}={getattr(args, name)}" for name, cut in cuts.items() if cut):
+            yield (
+                f"{given}: the sampler renormalizes its log-probabilities over the tokens that it keeps, so the ratio "
+                f"to it is biased below 1. Leave top_p at 1, top_k at 0 and min_p unset."
+            )
 
     # -- what a method sets ------------------------------------------------------------------------------------------
 
