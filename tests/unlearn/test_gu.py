@@ -34,7 +34,7 @@ BASE = dict(
 
 
 def build(path, tmp, trainer=GUTrainer, data=None, **settings):
-    kwargs = {k: settings.pop(k) for k in ("peft_config", "callbacks") if k in settings}
+    kwargs = {k: settings.pop(k) for k in ("peft_config", "callbacks", "eval_dataset") if k in settings}
     call = settings.pop("call", None)
     if call is not None:
         kwargs["forget_loss"] = call
@@ -302,6 +302,17 @@ def test_bad_data_are_refused_in_words(knowing, tmp_path):
     bare = ForgetRetainDataset(data.forget.remove_columns("alternate"), data.retain)
     with pytest.raises(ValueError, match="forget split has no column 'alternate'"):
         build(knowing, tmp_path, data=bare, forget_loss="dpo")
+
+
+def test_pairs_that_are_held_out_are_evaluated(knowing, tmp_path):
+    args = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "logging_steps": 1, "gu_mode": "null"}
+    data = load_unlearning("facts")
+    held = ForgetRetainDataset(data.forget.select(range(5)), data.retain.select(range(5)))
+    trainer = build(knowing, tmp_path, eval_dataset=held, **args)
+    trainer.train()
+    (found,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert found["eval_loss"] == pytest.approx(found["eval_forget/loss"] + found["eval_retain/loss"], abs=1e-6)
+    assert found["eval_forget/loss"] < 0 < found["eval_retain/loss"] and "forget/loss" not in found
 
 
 def test_without_a_forget_loss_it_is_retain_training(knowing, tmp_path):

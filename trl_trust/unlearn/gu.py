@@ -141,7 +141,7 @@ class GUTrainer(TrustCard, GuardedSteps, _PlainCard, Trainer):
     """`transformers.Trainer` that forgets one split and keeps another, each update projected by GU.
 
     Args:
-        model: a causal language model, or its name.
+        model: a causal language model, or its name; by name it is loaded in float32, as TRL does.
         args: the [`GUConfig`].
         train_dataset: pairs, [`~trl_trust.unlearn.data.ForgetRetainDataset`].
         processing_class: the tokenizer; that of the model by default.
@@ -178,7 +178,8 @@ class GUTrainer(TrustCard, GuardedSteps, _PlainCard, Trainer):
         args = GUConfig(output_dir="gu_output") if args is None else args
         name = model if isinstance(model, str) else model.config._name_or_path
         self._base_name = name
-        model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         processing_class = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
         if not isinstance(train_dataset, ForgetRetainDataset):
             raise ValueError(f"train_dataset must be a ForgetRetainDataset, not {type(train_dataset).__name__}")
@@ -527,14 +528,22 @@ class GUTrainer(TrustCard, GuardedSteps, _PlainCard, Trainer):
     def floating_point_ops(self, inputs):
         return sum(super(GUTrainer, self).floating_point_ops(part) for part in inputs.values())
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The plain procedure's loss on pairs that are held out; no logits."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
     def _note(self, name: str, value: Tensor) -> None:
-        """Keep a 0-d tensor for the next log; no synchronization."""
+        """Keep a 0-d tensor for the next log, of training or of an evaluation; no synchronization."""
+        name = name if self.model.training else f"eval_{name}"
         self._sums.setdefault(name, []).append(value.detach().double())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of GU's metrics since the last log."""
-        means = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
-        self._sums.clear()
+        evaluates = any(name.startswith("eval_") for name in logs)
+        names = [name for name in self._sums if name.startswith("eval_") == evaluates]
+        means = {name: torch.stack(self._sums.pop(name)).mean().item() for name in names}
         super().log({**logs, **means}, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
