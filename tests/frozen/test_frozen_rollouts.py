@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +125,58 @@ def test_models_are_whole_though_a_launcher_shards_those_of_trainers(written, ti
     finally:
         deepspeed.unset_hf_deepspeed_config()
     assert seen == [(False, None)] * 3
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from test_frozen_rollouts import digits_reward, write
+
+folder, temperature = Path(sys.argv[2]), float(sys.argv[3])
+
+def slow_reward(completions, **kwargs):  # both have begun before either has written a part
+    (folder.parent / f"begun-{temperature}").touch()
+    deadline = time.monotonic() + 60
+    while not (folder.parent / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return digits_reward(completions)
+
+write(sys.argv[1], folder, slow_reward, temperature=temperature)
+"""
+
+
+def test_of_two_runs_in_one_folder_one_is_refused(tiny_model_path, tmp_path):
+    """Also at the first instant, before there is a part that would tell whose the folder is."""
+    (tmp_path / "run.py").write_text(AT_ONCE)
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "run.py"), tiny_model_path, str(tmp_path / "out"), temperature],
+            env={**os.environ, "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for temperature in ("0.5", "2.0")
+    ]
+    deadline = time.monotonic() + 240
+    while all(run.poll() is None for run in runs) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (tmp_path / "go").touch()
+    errors = [run.communicate(timeout=240)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    winner = (0.5, 2.0)[[run.returncode for run in runs].index(0)]
+    assert "another run is at work there; wait until it has ended" in errors[[0.5, 2.0].index(winner) - 1]
+    assert set(load_rollouts(tmp_path / "out")["temperature"]) == {winner}
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["temperature"] == winner
+
+
+def test_brackets_in_a_name_are_no_pattern(tiny_model_path, tmp_path):
+    write(tiny_model_path, tmp_path / "run1", seed=1)
+    folder = write(tiny_model_path, tmp_path / "run[1]", seed=2)
+    expected = [ids for part in contents(folder) for ids in part["completion_ids"]]
+    assert (
+        load_rollouts(folder)["completion_ids"][:] == expected != load_rollouts(tmp_path / "run1")["completion_ids"][:]
+    )
 
 
 def test_the_seed_decides(written, tiny_model_path, tmp_path):

@@ -27,7 +27,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 from ..frozen.logps import score_rollouts
 from ..frozen.sampling import RolloutsConfig, write_rollouts
 from ..frozen.script import load_sources, model_init_kwargs
-from ..frozen.store import claim, load_rollouts
+from ..frozen.store import claimed, load_rollouts
 from ..methods import Method
 from ..script import RecipeParser, TrustScriptArguments
 from ..settings import as_mapping
@@ -204,11 +204,16 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
     settings = {name: everything[name] for name in (*DECISIVE, *ERPDConfig.__annotations__) if name in everything}
     adapter = {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")}
     settings = {"model": model, "rollouts": str(rollouts), **settings, **adapter}
-    claim(folder, "stage", settings, [CHECKPOINTS, "done"])
-    if (folder / "done").exists():
-        state.print(f"{folder} is done")
-        return str(folder)
+    with claimed(folder, "stage", settings, [CHECKPOINTS, "done"]):
+        if (folder / "done").exists():
+            state.print(f"{folder} is done")
+        else:
+            _train(trainer_class, model, rollouts, config, model_args)
+    return str(folder)
 
+
+def _train(trainer_class, model: str, rollouts: Path, config: ERPDConfig, model_args: ModelConfig) -> None:
+    folder, state = Path(config.output_dir), PartialState()
     config.model_init_kwargs = {**model_init_kwargs(model_args), **(config.model_init_kwargs or {})}
     trainer = trainer_class(
         model,
@@ -246,7 +251,6 @@ def train_stage(trainer_class, model: str, rollouts: Path, config: ERPDConfig, m
         (folder / "done").touch()
     state.wait_for_everyone()
     release_memory(trainer)
-    return str(folder)
 
 
 def _refuse_what_is_of_the_rounds(script_args: ERPDScriptArguments) -> None:

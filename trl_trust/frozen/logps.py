@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 
 from ..anatomy import causal_lm
 from ..tokens import check_token_ids, load_tokenizer
-from .store import claim, finished_parts, max_id, write_parts
+from .store import claimed, finished_parts, max_id, write_parts
 
 
 def collate_rollouts(rows: Sequence[Mapping[str, Any]], pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
@@ -138,7 +138,6 @@ def score_rollouts(
     if not name.isidentifier() or name in ("base", "old", "part", "settings"):
         raise ValueError(f"name={name!r} must be an identifier, and not one of base, old, part, settings.")
     files, settings = finished_parts(folder, "part")
-    claim(folder, name, identity(model), [f"{name}-*.parquet"])
 
     def build() -> Callable[[int], dict[str, list]]:
         policy = load_policy(model, use_cpu, model_init_kwargs)
@@ -154,8 +153,8 @@ def score_rollouts(
 
         return make
 
-    with whole_models():
-        write_parts(Path(folder), name, len(files), build)
+    with claimed(folder, name, identity(model), [f"{name}-*.parquet"]) as folder, whole_models():
+        write_parts(folder, name, len(files), build)
 
 
 @contextmanager

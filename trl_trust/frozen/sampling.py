@@ -20,7 +20,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 from ..lookup import finished
 from ..settings import Count, Positive, Range, Settings, Whole, as_mapping, check, setting
 from .logps import completion_logps, identity, load_policy, whole_models
-from .store import as_rows, claim, number_of_parts, write_parts
+from .store import as_rows, claimed, number_of_parts, write_parts
 
 
 Share = Annotated[float, Range(0, 1, above=True)]
@@ -132,7 +132,6 @@ def write_rollouts(
         "prompts_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "eos_token_id": tokenizer.eos_token_id,
     }
-    folder = claim(config.output_dir, "settings", {**made_with, **settings}, ["part-*.parquet"])
 
     def build() -> Callable[[int], dict[str, list]]:
         policy = load_policy(model, config.use_cpu, model_init_kwargs)
@@ -160,7 +159,10 @@ def write_rollouts(
 
         return make
 
-    with whole_models():
+    with (
+        claimed(config.output_dir, "settings", {**made_with, **settings}, ["part-*.parquet"]) as folder,
+        whole_models(),
+    ):
         write_parts(folder, "part", number_of_parts(settings), build)
     return folder
 

@@ -9,10 +9,12 @@ settings.json tells apart: an interrupted run goes on where it stopped, and seve
 turns, write what one would. Nothing is communicated, and all processes see one file system.
 """
 
+import glob
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 # What `prepare_rollouts` needs of a data set; `write_rollouts` also stores `prompt`, `completion` and `base_logps`.
 COLUMNS = ("group", "prompt_ids", "completion_ids", "reward")
+
+
+@contextmanager
+def claimed(folder: str | os.PathLike, name: str, settings: Mapping[str, Any], made: Sequence[str]) -> Iterator[Path]:
+    """Within it `folder/NAME.json` holds `settings`, see [`claim`], and no other run works under it.
+
+    What tells them apart is a lock of the operating system, which ends with the process, however that ends.
+
+    Raises:
+        ValueError: on every process, if another run is at work there, or the folder was made with other settings.
+    """
+    state, folder = PartialState(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, free = FileLock(folder / f".{name}.lock"), [True]
+    if state.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            free = [False]
+    broadcast_object_list(free)
+    if not free[0]:
+        raise ValueError(f"{folder}: another run is at work there; wait until it has ended, or choose another folder.")
+    try:
+        yield claim(folder, name, settings, made)
+    finally:
+        lock.release()
 
 
 def claim(folder: str | os.PathLike, name: str, settings: Mapping[str, Any], made: Sequence[str]) -> Path:
@@ -124,7 +154,9 @@ def load_rollouts(folder: str | os.PathLike) -> Dataset:
     names = sorted(path.stem for path in Path(folder).glob("*.json") if path.stem != "settings")
     names = [name for name in names if any(Path(folder).glob(f"{name}-*.parquet"))]
     tables = [files, *(finished_parts(folder, name)[0] for name in names)]
-    data = concatenate_datasets([Dataset.from_parquet([str(file) for file in files]) for files in tables], axis=1)
+    # escaped, since datasets reads paths as patterns: a folder called `run[1]` would be `run1`
+    columns = [Dataset.from_parquet([glob.escape(str(file)) for file in files]) for files in tables]
+    data = concatenate_datasets(columns, axis=1)
     return data.add_column("temperature", [settings["temperature"]] * len(data))
 
 
