@@ -3,7 +3,7 @@ r"""SAGE-GRPO measured: noise and training on a ring, a tiny Wan, and pictures o
     OMP_NUM_THREADS=1 python benchmarks/sage.py ring --seeds 0 1 2 3 4       # about 12 CPU minutes
     OMP_NUM_THREADS=1 python benchmarks/sage.py wan --seeds 0 1 2
     OMP_NUM_THREADS=1 python benchmarks/sage.py cost --seeds 0 1 2 3 4 5 6 7
-    OMP_NUM_THREADS=1 python benchmarks/sage.py shapes --seeds 0 1 2 3 4
+    OMP_NUM_THREADS=1 python benchmarks/sage.py shapes --seeds 0 1 2
     python benchmarks/sage.py plot                                           # the pictures of docs/sage.md
 
 Each cell is written to `benchmarks/results/sage_NAME.json` as soon as it is measured; cells that are there already are
@@ -32,6 +32,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from trl_trust.flow import toys
+from trl_trust.flow.rewards import picture_grid
 from trl_trust.flow.rollouts import ode_table, roll_out, step_table
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=["ring", "wan", "cost", "shapes", "plot"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--noise-only", action="store_true", help="of `shapes`: no training")
     args = parser.parse_args()
     torch.set_num_threads(1)
     PICTURES.mkdir(exist_ok=True)
@@ -60,7 +62,7 @@ def main() -> None:
         return
     book = Book(RESULTS / f"sage_{args.name}.json")
     for seed in args.seeds:
-        globals()[args.name](seed, book)
+        globals()[args.name](seed, book, *([args.noise_only] if args.name == "shapes" else []))
 
 
 class Book:
@@ -79,6 +81,8 @@ class Book:
         return any(all(cell.get(k) == v for k, v in key.items()) for cell in self.content["cells"])
 
     def add(self, **cell) -> None:
+        if self.path.exists():  # seeds may run side by side
+            self.content["cells"] = json.loads(self.path.read_text())["cells"]
         self.content["cells"].append(cell)
         cells = ",\n  ".join(json.dumps(cell) for cell in self.content["cells"])
         rest = {name: value for name, value in self.content.items() if name != "cells"}
@@ -244,24 +248,43 @@ def cost(seed: int, book: Book) -> None:
 
 SHAPES = dict(
     height=12, width=12, num_inference_steps=8, shift=3.0, eta=0.7, num_generations=8, per_device_train_batch_size=64,
-    gradient_accumulation_steps=3, timestep_fraction=6 / 8, epsilon=1e-3, learning_rate=5e-4,
+    per_device_eval_batch_size=64, gradient_accumulation_steps=3, timestep_fraction=6 / 8,
+    epsilon=1e-2, learning_rate=2e-4,
     lr_scheduler_type="constant", logging_steps=2, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
     save_strategy="no", log_level="error", reward_weights=[1.0, 0.0],
 )  # fmt: skip
 SHAPE_PHASES = 80
 
 
-def shapes(seed: int, book: Book) -> None:
+def shapes(seed: int, book: Book, noise_only: bool = False) -> None:
     """A text-conditioned flow that was pre-trained here, and asked for squares of a number, color and place."""
     start = pretrained()
-    for region in ("none", "fixed"):
-        for equalizer in (True, False):
-            for rule in RULES:
-                if not equalizer and (rule, region) != ("sage", "none"):
-                    continue  # not run: see docs/sage.md
-                key = dict(part="training", rule=rule, equalizer=equalizer, region=region, seed=seed)
-                if not book.has(**key):
-                    book.add(**key, **train_on_shapes(copy.deepcopy(start), rule, equalizer, REGIONS[region], seed))
+    if not book.has(part="noise", seed=seed):
+        book.add(part="noise", seed=seed, **shapes_noise(start, seed))
+    arms = [("sage", True, "none"), ("flow", True, "none"), ("sage", True, "fixed"), ("dance", True, "none")]
+    arms += [("cps", True, "none"), ("sage", False, "none"), ("flow", True, "fixed"), ("cps", True, "fixed")]
+    for rule, equalizer, region in () if noise_only else arms:
+        key = dict(part="training", rule=rule, equalizer=equalizer, region=region, seed=seed)
+        if not book.has(**key):
+            book.add(**key, **train_on_shapes(copy.deepcopy(start), rule, equalizer, region, seed))
+
+
+def shapes_noise(model, seed: int) -> dict:
+    """Mean distance of 192 roll-outs from the data and their reward, by rule, before any training."""
+    prompts, found = 4 * toys.shape_prompts(), {}
+    adapter = toys.ShapesAdapter(transformer=model, height=12, width=12)
+    condition = adapter.encode(prompts)
+    for rule in ("ode", *RULES):
+        table = ode_table(8, 3.0) if rule == "ode" else step_table(8, 3.0, 0.7, rule)
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda i, g=g: torch.randn(len(prompts), 3, 12, 12, generator=g)
+        move = lambda x, at, table=table: adapter.velocity(model, x, table.sigmas[at].float(), condition)
+        pictures = adapter.decode(roll_out(move, draw(-1), table, draw)[0][:, -1])
+        found[rule] = round(toys.shape_distance(pictures).mean().item(), 4)
+        found[f"{rule}_reward"] = round(mean(toys.shape_reward(pictures, prompts)), 4)
+        if seed == 0:
+            torch.save(picture_grid(pictures[:48:2], 4), PICTURES / f"rollout_{rule}.pt")
+    return found
 
 
 def pretrained():
@@ -275,14 +298,14 @@ def pretrained():
     return model
 
 
-def train_on_shapes(model, rule: str, equalizer: bool, region: dict, seed: int, phases: int = SHAPE_PHASES) -> dict:
+def train_on_shapes(model, rule: str, equalizer: bool, region: str, seed: int) -> dict:
     from datasets import Dataset
     from transformers import PrinterCallback
 
     from trl_trust.flow import SAGEGRPOConfig, SAGEGRPOTrainer
 
-    prompts = Dataset.from_list([{"prompt": prompt} for prompt in toys.shape_prompts()])
-    own = dict(sde_type=rule, grad_equalizer=equalizer, seed=seed, max_steps=2 * phases, **region)
+    prompts = Dataset.from_list([{"prompt": prompt} for prompt in toys.shape_prompts()[::6]])  # eight
+    own = dict(sde_type=rule, grad_equalizer=equalizer, seed=seed, max_steps=2 * SHAPE_PHASES, **REGIONS[region])
     if rule == "cps":  # seven of its eight steps have noise; six are trained, as elsewhere
         own["timestep_fraction"] = 6 / 7
     with TemporaryDirectory() as folder:
@@ -295,9 +318,10 @@ def train_on_shapes(model, rule: str, equalizer: bool, region: dict, seed: int, 
         )
         trainer.remove_callback(PrinterCallback)
 
-        def drawn() -> tuple[dict, torch.Tensor]:  # by the ODE, two pictures a prompt, from fixed noise
-            found = torch.cat([trainer.sample(prompts, seed=1000), trainer.sample(prompts, seed=1001)])
-            reward, distance = toys.shape_reward(found, 2 * prompts["prompt"][:]), toys.shape_distance(found)
+        def drawn() -> tuple[dict, torch.Tensor]:  # by the ODE, 16 pictures a prompt, from fixed noise
+            asked = prompts.select(list(range(len(prompts))) * 16)
+            found = trainer.sample(asked, seed=1000)
+            reward, distance = toys.shape_reward(found, asked["prompt"][:]), toys.shape_distance(found)
             return {"reward": round(mean(reward), 4), "distance": round(distance.mean().item(), 4)}, found
 
         before, first = drawn()
@@ -307,10 +331,8 @@ def train_on_shapes(model, rule: str, equalizer: bool, region: dict, seed: int, 
         after, last = drawn()
         log = [entry for entry in trainer.state.log_history if "reward" in entry]
     if seed == 0 and equalizer:
-        from trl_trust.flow.rewards import picture_grid
-
         for name, found in (("before", first), (f"{rule}_{region}", last)):
-            torch.save(picture_grid(found[::6], 8), PICTURES / f"{name}.pt")
+            torch.save(picture_grid(found[:24], 4), PICTURES / f"{name}.pt")
     return {
         "before": before,
         "after": after,
@@ -384,7 +406,44 @@ def plot_ring() -> None:
 
 
 def plot_shapes() -> None:
-    pass
+    """Roll-outs of seed 0 by rule before training, samples after it, and what the reward is paid with."""
+    from matplotlib.figure import Figure
+
+    cells = cells_of("shapes")
+    if not cells:
+        return
+    shapes_noise(pretrained(), 0)
+    drawn = {path.stem: torch.load(path) for path in sorted(PICTURES.glob("*.pt"))}
+    names = [f"rollout_{rule}" for rule in ("ode", *RULES)]
+    names += [name for name in (f"{rule}_{region}" for region in ("none", "fixed") for rule in RULES) if name in drawn]
+    figure = Figure(figsize=(13, 9.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.4))
+    left, middle, right = top.subplots(1, 3)
+    noise = [cell for cell in cells if cell["part"] == "noise"]
+    heights = [mean([cell[rule] for cell in noise]) for rule in ("ode", *RULES)]
+    left.bar(["ode", *RULES], heights, color=["0.6", *COLORS.values()])
+    left.set(title="roll-outs before training", ylabel="mean distance from the data")
+    for cell in (cell for cell in cells if cell["part"] == "training" and cell["seed"] == 0):
+        label = cell["rule"] + (", anchor at the start" if cell["region"] == "fixed" else "")
+        label += "" if cell["equalizer"] else ", no equalizer"
+        style = dict(
+            color=COLORS[cell["rule"]], ls="--" if cell["region"] == "fixed" else "-" if cell["equalizer"] else ":"
+        )
+        reward, distance = curve([cell], "reward", 8), curve([cell], "distance", 8)
+        middle.plot([2 * i for i in range(len(reward))], reward, label=label, **style)
+        right.plot(reward, distance, **style)
+    middle.set(title="training, one seed", xlabel="phase", ylabel="reward of roll-outs, mean of 8 logs")
+    middle.legend(fontsize=7)
+    right.set(title="what the reward is paid with", xlabel="reward of roll-outs", ylabel="distance", yscale="log")
+    axes = bottom.subplots(2, -(-len(names) // 2)).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, name in zip(axes, names, strict=False):
+        axis.imshow(drawn[name].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+        rule, _, region = name.partition("_")
+        after = f"after: {rule}{', anchor' if region == 'fixed' else ''}"
+        axis.set_title(f"before: {region}" if rule == "rollout" else after, fontsize=9)
+    figure.savefig(RESULTS / "sage_shapes.png", dpi=100)
 
 
 if __name__ == "__main__":
