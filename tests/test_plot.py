@@ -11,7 +11,7 @@ from trl_trust import cli, plot
 
 def write_run(folder, command="grpo", seed=0, kept="trainer_state.json", steps=40, level=1.0, **settings):
     history = [
-        {"step": step, "loss": 0.1, "entropy": level + seed, "trust/kl": level * (1 + step % 4), "trust/cut": math.nan}
+        {"step": step, "loss": 0.1, "entropy": level + seed, "trust/kl": level * (1 + step % 4), "trust/cut": None}
         | ({"reward": step / 40} if step % 4 == 1 else {})
         for step in range(1, steps + 1)
     ]
@@ -43,7 +43,7 @@ def test_the_log_of_the_last_checkpoint_serves_too(tmp_path):
 
 def test_numbers_are_of_the_steps_that_all_runs_have():
     first = [{"step": 1, "x": 1.0}, {"step": 2, "x": math.nan}, {"step": 3, "x": 3.0}]
-    second = [{"step": 1, "x": 2.0}, {"step": 2, "x": 5.0}, {"step": 3, "x": 7.0}, {"step": 4, "x": 9.0}]
+    second = [{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 3, "x": 7.0}, {"step": 4, "x": 9.0}]
     histories = [first, second]
     assert plot.series(histories, "x") == ([1, 3], [[1.0, 2.0], [3.0, 7.0]])
     assert plot.smooth([0.0, 3.0, 6.0, 9.0], 3) == [1.5, 3.0, 6.0, 7.5]

@@ -119,7 +119,7 @@ def series(histories: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
         {
             record["step"]: record[metric]
             for record in history
-            if metric in record and math.isfinite(float(record[metric]))
+            if record.get(metric) is not None and math.isfinite(record[metric])  # NaN is saved as null
         }
         for history in histories
     ]
