@@ -28,8 +28,11 @@ _EXPORTS = {
     "write_rollouts": "trl_trust.frozen.sampling",
 }
 _EXPORTS |= dict.fromkeys(("AsyncTrustGRPOConfig", "AsyncTrustGRPOTrainer"), "trl_trust.asynchronous.base")
-_EXPORTS |= dict.fromkeys(("FactSource", "TrustReport", "TrustSuite", "run_trust_suite"), "trl_trust.evaluation")
 _EXPORTS |= dict.fromkeys(("coopetition_dataset", "coopetition_env_factory"), "trl_trust.tasks.coopetition")
+_EXPORTS |= dict.fromkeys(
+    ("FactSource", "TrustEvalCallback", "TrustReport", "TrustSuite", "compression_report", "run_trust_suite"),
+    "trl_trust.evaluation",
+)
 _EXPORTS |= dict.fromkeys(("AuON", "FISMO", "HybridAuON", "Muon", "TRAM"), "trl_trust.optim")
 for _method in METHODS:
     for _name in filter(None, (_method.trainer, _method.config, _method.loss)):
@@ -61,7 +64,14 @@ if TYPE_CHECKING:
     )
     from .distill.rlad import RLADConfig, RLADTrainer, rlad_loss
     from .distill.vpd import VPDConfig, VPDTrainer, vpd_loss
-    from .evaluation import FactSource, TrustReport, TrustSuite, run_trust_suite
+    from .evaluation import (
+        FactSource,
+        TrustEvalCallback,
+        TrustReport,
+        TrustSuite,
+        compression_report,
+        run_trust_suite,
+    )
     from .flow.sage import SAGEGRPOConfig, SAGEGRPOTrainer, sage_loss
     from .frozen.logps import score_rollouts
     from .frozen.sampling import RolloutsConfig, write_rollouts

@@ -74,7 +74,7 @@ def run(words: list[str], launch: bool) -> int:
         show(SHOW[command])
     elif command in tools:
         with one_line_errors():
-            return import_module(tools[command].module).main(rest) or 0
+            return import_module(tools[command].module).main(resolve_recipe(rest)) or 0
     elif command in methods and wants_help:
         show(partial(method_help, command))
     elif command in methods or command in (*TRL_SCRIPTS, "grpo", "rollouts"):

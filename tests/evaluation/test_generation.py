@@ -87,3 +87,17 @@ def test_demonstrations_pass_and_restate_what_they_read(policy):
                 assert passed(item, said), (item, said)
                 assert tokenizer.decode(tokenizer(said)["input_ids"]) == said
                 assert name == "policy_adherence" or not passed(item, tiny.demonstrate(item, item.wrong)), item
+
+
+def test_the_tokenizer_comes_back_from_disk_as_it_was(policy, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = policy
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = tiny.CHARACTERS + "  a  b\n\nI'll 123<eos>"
+    back = AutoTokenizer.from_pretrained(tmp_path)
+    assert back(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert back.decode(back(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    messages = [{"role": "system", "content": "a b"}, {"role": "user", "content": "c"}]
+    assert render(back, messages) == render(tokenizer, messages) == "a b\nc\n>"

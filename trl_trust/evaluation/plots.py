@@ -64,7 +64,10 @@ def radar(axes, scores: Sequence[Score], label: str) -> None:
         for score in scores
     ]
     axes.set_xticks(angles, names, fontsize=9)
-    axes.tick_params(axis="x", pad=12)
+    axes.tick_params(axis="x", pad=8)
+    for angle, name in zip(angles, axes.get_xticklabels(), strict=True):  # names grow away from the circle
+        side = math.sin(angle)
+        name.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], [".25", ".5", ".75", "1"], fontsize=7)
     axes.set_theta_zero_location("N")

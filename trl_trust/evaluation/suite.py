@@ -303,6 +303,7 @@ def run_trust_suite(
     subject: str | None = None,
     evaluation: int = 0,
     accelerator=None,
+    batch_size: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> TrustReport:
     """Ask the suite of a model and report. Mode, gradients and random states are afterwards as they were.
@@ -314,6 +315,7 @@ def run_trust_suite(
         subject: how the report calls the model; its name by default.
         evaluation: which draw of fresh items; 0 is the first.
         accelerator: splits the items over its processes; every process returns the report of all.
+        batch_size: in place of the suite's.
         on_batch: called after each batch with items done and items in all.
     """
     from .generation import generate
@@ -328,7 +330,7 @@ def run_trust_suite(
             model,
             tokenizer,
             [item.messages for item in items],
-            batch_size=suite.batch_size or 32,
+            batch_size=batch_size or suite.batch_size or 32,
             max_new_tokens=suite.max_new_tokens,
             generate_kwargs=suite.generate_kwargs,
             accelerator=accelerator,

@@ -8,16 +8,24 @@ learns within a minute or two of one CPU core. Names of the evaluation are never
 import random
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from ..tasks.start import cache_folder
 from .dimensions import DIMENSIONS
 from .items import Item
 from .suite import TrustSuite
 
 
+# what takes longest to learn is drawn most
+WEIGHTS = {"truthfulness": 2.0, "honesty": 2.0, "ethics": 2.0, "fairness": 0.7, "privacy": 0.7}
+WEIGHTS |= {"policy_adherence": 0.5, "over_refusal": 0.5}
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CHAT_TEMPLATE = (
@@ -29,9 +37,12 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a printable ASCII character; with a chat template that joins messages line by line."""
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *CHARACTERS])}
+    # byte-level names of the characters: what AutoTokenizer makes of a saved Qwen2 tokenizer reads no others
+    names = CHARACTERS.replace(" ", "\u0120").replace("\n", "\u010a")
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *names])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -91,61 +102,48 @@ def demonstrate(item: Item, answer: str | None = None) -> str:
     return f"{said}\nANSWER: {answer}" if said else f"ANSWER: {answer}"
 
 
-def _recitation(suite: TrustSuite, rng: random.Random) -> tuple[str, str]:
-    """A sheet, and the same in another order."""
-    facts = suite.source.facts(rng, 4, "train")
-    sheet = " ".join(f"{name} {value};" for name, value in facts)
-    return f"{sheet}\n>", "".join(f"{name} {value}\n" for name, value in rng.sample(facts, 4))
-
-
 def warm(
     model,
     tokenizer,
     *,
-    steps: int = 1500,
-    batch_size: int = 48,
-    learning_rate: float = 3e-3,
+    steps: int = 1300,
+    batch_size: int = 32,
+    learning_rate: float = 5e-3,
     seed: int = 0,
     answers: Callable[[Item], str | None] = lambda item: None,
-    weights: Mapping[str, float] | None = None,
-    recite: int = 0,
+    weights: Mapping[str, float] = WEIGHTS,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Train `model` in place to imitate: AdamW, one cycle, loss on what the assistant says.
 
     Args:
         answers: item -> another answer than the right one, or None: makes a model organism.
-        weights: dimension -> how often, relative to the others; equally by default.
-        recite: the first so many steps repeat a sheet in another order instead, every line of which is a lookup: what
-            the answers need is learned several times as fast.
+        weights: dimension -> how often, relative to the others; 1 where it says nothing.
         on_step: called with steps done, steps in all, and the loss.
     """
     suite, rng = TrustSuite(terse=True, seed=10_000 + seed), random.Random(seed)
     names = list(DIMENSIONS)
-    chances = [(weights or {}).get(name, 1.0) for name in names]
+    chances = [weights.get(name, 1.0) for name in names]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
     batches: list[list[tuple[str, str]]] = []
     for step in range(steps):
-        if step < recite:
-            pairs = [_recitation(suite, rng) for _ in range(batch_size)]
-        else:
-            if not batches:  # eight batches at once, each of items of like length: little is padded
-                items: list[Item] = []
-                while len(items) < 8 * batch_size:
-                    items += suite.slot(rng.choices(names, chances)[0], rng.randrange(10**9), split="train")
-                texts = [
-                    (
-                        tokenizer.apply_chat_template(list(i.messages), tokenize=False, add_generation_prompt=True),
-                        demonstrate(i, answers(i)) + EOS,
-                    )
-                    for i in items
-                ]
-                texts.sort(key=lambda pair: len(pair[0]))
-                batches = [texts[k * batch_size : (k + 1) * batch_size] for k in range(8)]
-                rng.shuffle(batches)
-            pairs = batches.pop()
+        if not batches:  # eight batches at once, each of items of like length: little is padded
+            items: list[Item] = []
+            while len(items) < 8 * batch_size:
+                items += suite.slot(rng.choices(names, chances)[0], rng.randrange(10**9), split="train")
+            texts = [
+                (
+                    tokenizer.apply_chat_template(list(i.messages), tokenize=False, add_generation_prompt=True),
+                    demonstrate(i, answers(i)) + EOS,
+                )
+                for i in items
+            ]
+            texts.sort(key=lambda pair: len(pair[0]))
+            batches = [texts[k * batch_size : (k + 1) * batch_size] for k in range(8)]
+            rng.shuffle(batches)
+        pairs = batches.pop()
         inputs = tokenizer([a + b for a, b in pairs], return_tensors="pt", padding=True, padding_side="right").to(
             model.device
         )
@@ -161,3 +159,23 @@ def warm(
         if on_step is not None:
             on_step(step + 1, steps, loss.item())
     model.eval()
+
+
+def cached_tiny(seed: int = 0, on_step: Callable[[int, int, float], None] | None = None) -> Path:
+    """Folder of the warmed model and its tokenizer, built on the first call for this seed and these versions.
+
+    0.14M parameters, 1300 steps of 32 demonstrations: about 90 CPU seconds.
+    """
+    versions = "-".join(version(name) for name in ("torch", "transformers"))
+    folder = cache_folder() / "starts" / f"eval-tiny-2-{versions}" / str(seed)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, seed=seed)
+        warm(model, tokenizer, seed=seed, on_step=on_step)
+        with TemporaryDirectory(dir=folder.parent) as temporary:
+            model.save_pretrained(temporary + "/start")
+            tokenizer.save_pretrained(temporary + "/start")
+            with suppress(OSError):  # another process was quicker: same seed, same bits
+                Path(temporary + "/start").rename(folder)
+    return folder

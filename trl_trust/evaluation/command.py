@@ -1,0 +1,180 @@
+"""`trl-trust eval`: the suite on a model, from the command line. torch is imported once the words are read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..lookup import near
+from .dimensions import DIMENSIONS
+from .report import TrustGateError, TrustReport
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Words(
+        prog="trl-trust eval", description="Measure nine trust dimensions of a model. Exit status 1: an alert."
+    )
+    parser.add_argument("--config", help="a recipe: YAML of these options, a file or a short name such as eval/core")
+    parser.add_argument("--list", action="store_true", help="the dimensions: what each measures, and what not")
+    parser.add_argument("--suite", default="core", help="core (all nine), or dimensions: honesty,privacy")
+    parser.add_argument(
+        "--n_per_dim", type=int, default=64, help="slots a dimension, even, >= 8 (default: %(default)s)"
+    )
+    parser.add_argument("--adaptive", action="store_true", help="spend half where the intervals are widest")
+    parser.add_argument("--facts", help="own facts: a .jsonl, .json or .csv file; with --entity and --value")
+    parser.add_argument("--entity", help="column of the facts that names the thing")
+    parser.add_argument("--value", help="column of the facts that is asked for")
+    add_model_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that measures a model takes."""
+    parser.add_argument("--model", help="a folder or hub name; `tiny` builds a small one on the spot")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default cuda where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of the items (default: %(default)s)")
+    parser.add_argument("--terse", action="store_true", help="word items in a few dozen characters, for tiny models")
+    parser.add_argument("--batch_size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--out", help="folder for report.json, report.md and report.png")
+    parser.add_argument("--compare", help="an earlier report.json: what changed beyond chance; exit status 1 if worse")
+    parser.add_argument("--gate", nargs="*", default=[], help="limits such as min_honesty=0.8; exit status 1 outside")
+
+
+class Words(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and reads a recipe below the words."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.formatter_class = argparse.HelpFormatter
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """The options in `words`, and under them those of the recipe that `--config` names."""
+        given = self.parse_args(list(words))
+        if given.config:
+            import yaml
+
+            recipe = yaml.safe_load(Path(given.config).read_text("utf-8")) or {}
+            known = {action.dest for action in self._actions} - {"config", "help", "list"}
+            for name in recipe:
+                if name not in known:
+                    raise ValueError(f"recipe {given.config}: {name!r} is no option; {near(str(name), known)}")
+            self.set_defaults(**recipe)
+            given = self.parse_args(list(words))
+        return given
+
+
+def load_model(given: argparse.Namespace):
+    """Model, tokenizer and subject of the options."""
+    if not given.model:
+        raise ValueError("--model: say which, a folder, a hub name, or `tiny` for one that is built on the spot")
+    read_limits(given.gate)  # what the end will need is refused before the work
+    if given.compare:
+        TrustReport.load(given.compare)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, subject = given.model, given.model
+    if path == "tiny":
+        from .tiny import cached_tiny
+
+        path, subject = cached_tiny(on_step=progress("building the tiny model, once")), "tiny"
+        given.terse = True
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=given.dtype).to(device)
+    return model, AutoTokenizer.from_pretrained(path), subject
+
+
+def progress(what: str):
+    """A line on stderr that says how far, ten times; quiet where stderr is no terminal, but for the last."""
+
+    def show(done: int, total: int, *_) -> None:
+        live = sys.stderr.isatty()
+        if done == total or (live and done % max(1, total // 10) == 0):
+            print(f"{what}: {done}/{total}", end="\n" if done == total or not live else "\r", file=sys.stderr)
+
+    return show
+
+
+def finish(report: TrustReport, given: argparse.Namespace) -> int:
+    """Print and save a report, compare and gate it, and return the exit status."""
+    print(report.to_markdown())
+    if given.out:
+        print(f"written: {report.save(given.out).parent}/", file=sys.stderr)
+    status = 0
+    if given.compare:
+        comparison = report.compare(TrustReport.load(given.compare))
+        print(comparison.to_markdown())
+        status = int(bool(comparison.alerts))
+    if given.gate:
+        try:
+            report.gate(read_limits(given.gate))
+        except TrustGateError as error:
+            print(f"trl-trust: gate: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def read_limits(words: Sequence[str]) -> dict[str, float]:
+    limits = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--gate {word!r} must be NAME=NUMBER, such as min_honesty=0.8") from None
+    return limits
+
+
+def read_facts(given: argparse.Namespace):
+    """The user's own facts, or None."""
+    if not given.facts:
+        return None
+    if not (given.entity and given.value):
+        raise ValueError("--facts needs --entity and --value, the names of its columns")
+    from datasets import load_dataset
+
+    from .items import FactSource
+
+    kind = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(given.facts).suffix)
+    if kind is None or not Path(given.facts).is_file():
+        raise ValueError(f"--facts {given.facts!r} must be a .jsonl, .json or .csv file")
+    return FactSource(load_dataset(kind, data_files=given.facts, split="train"), given.entity, given.value)
+
+
+def suite_of(given: argparse.Namespace, **more):
+    from .suite import TrustSuite
+
+    if given.suite == "vlm" or given.suite.startswith("lm_eval"):
+        raise ValueError(f"--suite {given.suite!r} is not there yet; there are core and the names of dimensions")
+    return TrustSuite(
+        dims="all" if given.suite == "core" else tuple(given.suite.split(",")),
+        n_per_dim=given.n_per_dim,
+        seed=given.seed,
+        terse=given.terse,
+        batch_size=given.batch_size,
+        max_new_tokens=given.max_new_tokens,
+        **more,
+    )
+
+
+def main(words: Sequence[str]) -> int:
+    given = make_parser().read(words)
+    if given.list:
+        for name, row in DIMENSIONS.items():
+            print(f"{name}: {row.measures}\n  passes: {row.passes}\n  does not mean: {row.not_meant}")
+            print(f"  best constant answer: {row.chance:g}")
+        return 0
+    suite = suite_of(given, adaptive=given.adaptive, source=read_facts(given))
+    model, tokenizer, subject = load_model(given)
+    suite = (
+        suite if suite.terse == given.terse else suite_of(given, adaptive=given.adaptive)
+    )  # `tiny` reads terse only
+    from .suite import run_trust_suite
+
+    report = run_trust_suite(model, tokenizer, suite, subject=subject, on_batch=progress("items"))
+    return finish(report, given)
