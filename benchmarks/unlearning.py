@@ -9,8 +9,8 @@ A Llama of 90 thousand parameters knows 40 invented authors x 5 relations by hea
 authors. `grid`: every loss, without GU (`off`), with GU in Adam's and in the identity metric, at several learning
 rates and weights alpha of the retain loss, over seeds, which draw facts, model and order. The NLL of **all** facts is
 measured along the way and read off where the forget NLL first reaches the level of its loss. Runs without GU may take
-1.5 times the steps, which is what GU's steps cost at most (`cost`), so that both have the same compute. The best cell
-of each arm is chosen, for each seed, by the mean of the other seeds.
+1.5 times the steps, what a step of GU is taken to cost (`cost` measures it), so that both have the same compute. The
+best cell of each arm is chosen, for each seed, by the mean of the other seeds.
 
 `final`: the cell of each arm that was best on seed 0 is run on every seed and stopped at its level: a report beside
 the model that was retrained without the forget set, a relearning attack (20 updates on a tenth of the forget set, NLL
