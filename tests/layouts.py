@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from tiny import leave, tiny_config, tiny_trainer
 
 from trl_trust.methods import get_method, hosted
@@ -68,8 +69,14 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Train method `name` for two generations of two updates each; return the trained parameters, on every process.
 
-    `name+mode` trains it under `step_control=mode`.
+    `name+mode` trains it under `step_control=mode`, `name@lora` a LoRA.
     """
+    return whole_parameters(train(name, model_path, output_dir, processes, loss_type))
+
+
+def train(name: str, model_path: str, output_dir: Path, processes: int, loss_type: str = "dapo"):
+    """The trainer after [`run`]'s training."""
+    name, _, lora = name.partition("@")
     name, _, control = name.partition("+")
     method = get_method(name)
     module = import_module(method.module)
@@ -90,10 +97,29 @@ def run(
         **CONTROLS.get(control, {}),
     )
     args = tiny_config(getattr(module, method.config), output_dir, **{**config, **extra.get("config", {})})
-    trainer = tiny_trainer(scripted(getattr(module, method.trainer)), model_path, args, **extra.get("trainer", {}))
+    arguments = extra.get("trainer", {})
+    if lora:
+        arguments = {
+            **arguments,
+            "peft_config": LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),
+        }
+    torch.manual_seed(0)  # of the adapter, on every process
+    trainer = tiny_trainer(scripted(getattr(module, method.trainer)), model_path, args, **arguments)
     trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {key: p.detach().clone() for key, p in model.named_parameters()}
+    return trainer
+
+
+def whole_parameters(trainer) -> dict[str, torch.Tensor]:
+    """Trained parameters, gathered where they are sharded; to be called on every process."""
+    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    named = {key: p for key, p in named if p.requires_grad}
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(named.values())):
+            return {key: p.detach().float().clone() for key, p in named.items()}
+    whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
+    return {key: whole(p.detach()).clone() for key, p in named.items()}
 
 
 if __name__ == "__main__":
