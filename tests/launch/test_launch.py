@@ -79,7 +79,7 @@ def launched(tiny_model_path, tmp_path_factory):
                 env=env,
                 capture_output=True,
                 text=True,
-                timeout=1200,
+                timeout=3000,
             )
             assert done.returncode == 0, done.stderr[-4000:]
         return folders[layout, names]

@@ -53,13 +53,10 @@ def main() -> None:
             (output_dir / f"{name}-{rank}.json").write_text(json.dumps(str(error)))
             continue
         assert_sharded(trainer, layout)
-        ratios = [
-            abs(record[f"trust/ratio/{end}"] - 1)
-            for record in trainer.state.log_history[:-1]
-            for end in ("min", "max")
-        ]
-        cut = max(record.get("trust/cut", 0.0) for record in trainer.state.log_history[:-1])
-        found = {"parameters": layouts.whole_parameters(trainer), "moved_ratio": max(ratios), "cut": cut}
+        logged = [r[f"trust/ratio/{end}"] for r in trainer.state.log_history[:-1] for end in ("min", "max")]
+        ratios = [abs(ratio - 1) for ratio in logged if ratio is not None]  # None: no token was live
+        cut = max(record.get("trust/cut") or 0.0 for record in trainer.state.log_history[:-1])
+        found = {"parameters": layouts.whole_parameters(trainer), "moved_ratio": max(ratios, default=0.0), "cut": cut}
         torch.save(found, output_dir / f"{name}-{rank}.pt")
     leave()
 
