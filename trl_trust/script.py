@@ -5,6 +5,7 @@ What `trl grpo` is to `GRPOTrainer`, for any row of the table of methods. Import
 
 import copy
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from trl import ScriptArguments, TrlParser
 
-from .lookup import near
+from .lookup import load_function, near
 from .methods import METHODS, Method
 from .plot import RECIPE_FILE
 from .rewards import load_reward_func, math_accuracy_reward
@@ -29,7 +30,15 @@ from .rewards import load_reward_func, math_accuracy_reward
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 # what `GRPOTrainer` passes to a reward function by itself; everything else is a column of the data set
-TRAINER_PROVIDES = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+TRAINER_PROVIDES = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
 # and what TRPA and VPD pass to their functions, which read the rewards
 READER_PROVIDES = ("prompts", "completions", "completion_ids", "rewards")
 
@@ -49,6 +58,11 @@ class TrustScriptArguments(ScriptArguments):
         system_prompt (`str`, *optional*):
             Puts the prompt into a chat that this system message opens, in place of any other; an empty string makes a
             chat without one. Unset, the prompt is left as it is: text is then continued without a chat template.
+        environment (`str`, *optional*):
+            Dotted path of what makes TRL's `environment_factory`, such as
+            `trl_trust.tasks.coopetition.coopetition_env_factory`. The environment may bring its own reward.
+        environment_options (`dict` or JSON, *optional*):
+            Its keyword arguments.
     """
 
     reward_funcs: list[str] | None = field(
@@ -68,8 +82,26 @@ class TrustScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "Makes the prompt a chat opened by this system message; empty: a chat without one."},
     )
+    environment: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of what makes the environment that the model plays in, by its tools."},
+    )
+    environment_options: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `environment`, in a recipe as a mapping, here as JSON."}
+    )
 
     def __post_init__(self):
+        if isinstance(self.environment_options, str):
+            try:
+                self.environment_options = json.loads(self.environment_options)
+            except ValueError as error:
+                raise ValueError(f"environment_options={self.environment_options!r} is no JSON: {error}.") from error
+        if not isinstance(self.environment_options, dict | None):
+            raise ValueError(f"environment_options={self.environment_options!r} must map names to values.")
+        if self.environment_options and self.environment is None:
+            raise ValueError(
+                f"environment_options={self.environment_options!r} are for `environment`, which is not set."
+            )
         if isinstance(self.reward_funcs, str):  # `reward_funcs: name` in a recipe, without the dash of a list
             self.reward_funcs = [self.reward_funcs]
 
@@ -354,7 +386,11 @@ def build_trainer(
     rewards = [load_reward_func(name, training_args.max_completion_length) for name in script_args.reward_funcs or ()]
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
-    if not rewards:
+    environment = {}
+    if script_args.environment:
+        make = load_function(script_args.environment, "environment")
+        environment["environment_factory"] = make(**script_args.environment_options or {})
+    if not rewards and not environment:
         raise ValueError("no reward: set `reward_funcs`, for instance to math_accuracy_reward")
 
     splits = load_data(script_args, dataset_args)
@@ -385,6 +421,7 @@ def build_trainer(
         eval_dataset=prepare_split(splits, script_args.dataset_test_split, script_args) if evaluates else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        **environment,
     )
     readers = [getattr(trainer, name) for name in method.reads]
     check_reward_columns(readers, column_names(train), READER_PROVIDES)

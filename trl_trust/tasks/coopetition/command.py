@@ -1,4 +1,4 @@
-"""`trl-trust coopetition reproduce|sweep|...`: what a person or a script asks of this room in the terminal."""
+"""`trl-trust coopetition reproduce|sweep|play|istar|data|start`: what one asks of this room in the terminal."""
 
 import argparse
 import csv
@@ -25,6 +25,11 @@ def make_parser() -> argparse.ArgumentParser:
     istar = commands.add_parser("istar", help="dependence, baselines and trust from a model drawn with piStar")
     istar.add_argument("model", type=Path, help="the JSON file that piStar saved")
     istar.add_argument("--dot", type=Path, help="write the graph here, for Graphviz")
+    data = commands.add_parser("data", help="write rows for training in the environment")
+    data.add_argument("--n", type=int, default=512, help="how many rows")
+    data.add_argument("--partners", nargs="+", default=["trust_responsive"], help="each row draws one")
+    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--out", type=Path, required=True, help="a .jsonl file")
     begin = commands.add_parser("start", help="build the tiny policy that the offline recipe trains")
     begin.add_argument("--rounds", type=int, default=8)
     begin.add_argument("--seed", type=int, default=0)
@@ -34,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(words: list[str]) -> int:
     args = make_parser().parse_args(words)
-    run = {"reproduce": _reproduce, "sweep": _sweep, "play": _play, "istar": _istar, "start": _start}
+    run = {"reproduce": _reproduce, "sweep": _sweep, "play": _play, "istar": _istar, "data": _data, "start": _start}
     return run[args.command](args)
 
 
@@ -114,6 +119,15 @@ def _istar(args) -> int:
     if args.dot:
         args.dot.write_text(network.to_dot() + "\n", "utf-8")
         print(f"graph -> {args.dot}")
+    return 0
+
+
+def _data(args) -> int:
+    from .environment import coopetition_dataset
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    coopetition_dataset(args.n, args.partners, args.seed).to_json(args.out)
+    print(f"{args.n} rows -> {args.out}")
     return 0
 
 
