@@ -10,8 +10,8 @@ strings as single tokens, imitates legal calls with amounts drawn at random, and
 Stated beforehand: the normalized reward (0: the myopic player, 1: the best plan known) rises by at least .5 from the
 first two generations to the last ten in every run; otherwise the environment does not train. Investing the norm, 5, in
 every round earns .393; the signal of trust is 0 exactly there, so that a plateau at the norm is likely, and getting
-past it is a matter of exploration. Not calling the tool at all earns -1.338 in every episode: a policy that has come to
-that has no variance left to learn from. The two trainers are not compared: three seeds, one learning rate, not tuned.
+past it is a matter of exploration. Not calling the tool at all earns -1.338 in every episode: a policy that has come
+to that has no variance left to learn from. The two trainers are not compared: three seeds, one rate, not tuned.
 """
 
 import argparse
