@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 
+import nashpy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -156,7 +157,6 @@ def test_no_agent_gains_by_leaving_the_equilibrium(form, dependence):
 
 
 def test_equilibrium_is_nashpys_on_the_grid():
-    nashpy = pytest.importorskip("nashpy")
     game = Payoff(theta=4.0)
     levels = np.arange(11.0)
     profiles = np.stack(np.meshgrid(levels, levels, indexing="ij"), -1)  # (11, 11, 2)
