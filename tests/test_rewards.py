@@ -176,6 +176,18 @@ def test_a_limit_ends_work_and_only_that_work():
     began = time.thread_time()
     assert rewards._within(0.05, forever, "ended") == "ended"
     assert time.thread_time() - began < 0.3
+    rung = []
+
+    def swallows():
+        while True:
+            try:
+                forever()
+            except BaseException as error:
+                if len(rung) == 2:
+                    raise
+                rung.append(type(error))
+
+    assert rewards._within(0.05, swallows, "ended") == "ended" and len(rung) == 2  # as in a destructor, which keeps it
     for _ in range(200):  # a limit that rings as the work ends does not ring afterwards
         assert rewards._within(1e-4, lambda: sum(range(3000)), "ended") in ("ended", 4498500)
         sum(range(1000))

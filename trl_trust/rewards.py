@@ -183,7 +183,8 @@ def _group(text: str, start: int) -> str:
 def _within(seconds: float, call: Callable, otherwise: Any) -> Any:
     """What `call()` returns, or `otherwise` once this thread has worked on it for `seconds`. In any thread.
 
-    A watching thread has CPython raise in this one, which it does between two bytecodes.
+    A watching thread has CPython raise in this one, which it does between two bytecodes. What is raised in a
+    destructor or in a callback of the garbage collector is lost there, so it raises again until the call ends.
     """
     from math_verify.errors import TimeoutException  # a BaseException, so that no `except Exception` keeps it
 
@@ -192,29 +193,31 @@ def _within(seconds: float, call: Callable, otherwise: Any) -> Any:
     clock = time.monotonic
     if hasattr(time, "pthread_getcpuclockid"):  # not on macOS and Windows; elsewhere a busy machine changes no reward
         clock = partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
-    end = clock() + seconds
+    start = clock()
 
     def watch():
-        left = seconds
-        while left > 0 and not done.wait(left):
-            left = end - clock()
-        with lock:
-            if not done.is_set():
-                raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(TimeoutException))
+        end = start + seconds
+        while not done.wait(max(end - clock(), 1e-3)):
+            with lock:
+                if clock() >= end and not done.is_set():
+                    raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(TimeoutException))
+                    end = clock() + seconds
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    try:
-        watcher.start()
-        result = call()
-        with lock:
-            done.set()
-        return result
-    except TimeoutException:
-        return otherwise
-    finally:
+    def finish():
         with lock:
             done.set()
             raise_in_thread(ctypes.c_ulong(thread), None)  # one that was asked for and has not come
+
+    result, watcher = otherwise, threading.Thread(target=watch, daemon=True)
+    try:
+        try:
+            watcher.start()
+            result = call()
+        finally:
+            finish()
+    except TimeoutException:
+        finish()  # the first was cut short where a second one rang in it; a third cannot ring before this ends
+    return result
 
 
 def last_box(text: str) -> str | None:

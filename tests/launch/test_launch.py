@@ -112,7 +112,7 @@ CASES = [
 def test_two_processes_train_like_one(layout, name, launched, alone, request):
     if layout.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    asked = [item.callspec.params for item in request.session.items if item.originalname == request.node.originalname]
+    asked = [item.callspec.params for item in request.session.items if item.function is request.function]
     names = tuple(params["name"] for params in asked if params["layout"] == layout)
     folder = launched(layout, names)
     if (words := refusal(layout, name)) is not None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .. import optim  # noqa: F401  makes `optim="auon"` known to transformers
 from ..cards import TrustCard, paper
 from ..settings import BelowOne, Count, NonNegative, Number, Positive, Settings, Whole, check, setting
 from ..steps import GuardedSteps
