@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -120,7 +121,8 @@ class KeptState:
                 f"save_generation_state=True, or save_steps to a multiple of {self._updates_per_generation:g}."
             )
             return
-        kept = damaged(path, lambda: torch.load(path, map_location=self.accelerator.device, weights_only=True))
+        kept = damaged(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        kept = send_to_device(kept, self.accelerator.device)  # torch.load does not know a device called cpu:0
         processes = self.accelerator.num_processes
         if kept["processes"] != processes:
             raise ValueError(
