@@ -123,20 +123,20 @@ def full(tensors):
     return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def worker(rank, port, body, *args):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+def worker(rank, port, world, body, *args):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
     body(*args)  # an exception travels to the test
     leave()
 
 
-def spawn(body, *args):
+def spawn(body, *args, world=WORLD):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, body, *args), nprocs=WORLD)
+    mp.spawn(worker, args=(port, world, body, *args), nprocs=world)
 
 
 def check_equal_to_one_process():

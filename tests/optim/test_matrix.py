@@ -579,28 +579,29 @@ def test_empty_groups_are_accepted():
 
 
 def test_flattened_parameters_are_refused():
-    # ZeRO-1 and 2 replace a group's parameters by one flat partition after construction.
+    # As ZeRO-1 and 2 do it, whose engine was not made known: one flat partition for all parameters of a group.
     model = llama()
     optimizer = Muon(model)
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in optimizer.param_groups[0]["params"]]))
     flat.grad = torch.ones_like(flat)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"arrives as shape \(\d+,\): DeepSpeed ZeRO 1-3 and FSDP1 .* use FSDP2"):
+    with pytest.raises(RuntimeError, match=r"arrives as shape \(\d+,\): FSDP1 .* optimizer.bind\(engine\)"):
         optimizer.step()
-    # ZeRO-3 partitions at construction: an empty tensor that remembers its shape.
-    model = llama()
-    q_proj = model.model.layers[0].self_attn.q_proj
-    q_proj.weight = nn.Parameter(torch.empty(0))
-    q_proj.weight.ds_shape = torch.Size((16, 16))
-    with pytest.raises(ValueError, match=r"q_proj.weight has shape \(0,\), it was flattened: DeepSpeed ZeRO"):
-        Muon(model)
-    with pytest.raises(ValueError, match=r"parameter 0 has shape \(0,\) here and \(16, 16\) in the model"):
-        Muon([q_proj.weight])
     # FSDP1 with use_orig_params=True: 1-D views.
     model = llama()
     model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(torch.ones(256))
     with pytest.raises(ValueError, match=r"q_proj.weight has shape \(256,\), it was flattened"):
         Muon(model)
+
+
+def test_parameters_that_zero_3_has_taken_are_routed_by_their_shape():
+    """An empty tensor that remembers its shape."""
+    whole, model = Muon(llama()), llama()
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert Muon(model).routing_report() == whole.routing_report()
+    with pytest.raises(ValueError, match=r"parameter 0 has shape \(16,\); a matrix group needs two dimensions"):
+        Muon([model.model.norm.weight])
 
 
 def test_shape_factors():

@@ -346,13 +346,15 @@ def test_adam_settings_reach_adamw_only_when_they_were_changed(tiny_model_path):
     assert (group["betas"], group["eps"]) == ((0.9, 0.98), 1e-6)
 
 
-def test_zero_is_refused_before_training(tiny_model_path):
-    trainer = trainer_for(tiny_model_path, arguments(optim="muon"))
+def test_what_zero_cannot_do_is_refused_before_training(tiny_model_path):
+    trainer = trainer_for(tiny_model_path, arguments(optim="muon", optim_args="skip_nonfinite=true"))
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     for stage in (1, 2, 3):
         trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
-        with pytest.raises(
-            ValueError, match=f"optim='muon' cannot run under DeepSpeed ZeRO stage {stage}.* use FSDP2"
-        ):
+        with pytest.raises(ValueError, match="optim='muon': skip_nonfinite=True cannot run under DeepSpeed ZeRO"):
+            trainer.create_optimizer()
+        trainer.args.deepspeed_plugin.deepspeed_config = offload
+        with pytest.raises(ValueError, match="optim='muon': .* offload_optimizer.* set its device to none"):
             trainer.create_optimizer()
     trainer.args.deepspeed_plugin.zero_stage = 0
     assert isinstance(trainer.create_optimizer(), Muon)

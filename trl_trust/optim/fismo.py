@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import BelowOne, Count, Fraction, NonNegative, Positive, Whole
-from .matrix import Layout, MatrixOptimizer, ShapeScale, State
+from .matrix import BlockState, Layout, MatrixOptimizer, ShapeScale, State
 from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSForm, NSSteps, muon_direction
 
 
@@ -387,12 +387,16 @@ class FISMO(MatrixOptimizer):
 
         Takes an eigenvalue decomposition each: for a look now and then.
         """
+        names = {
+            parameter: group["param_names"][i] if "param_names" in group else f"group {g}, parameter {i}"
+            for g, group in enumerate(self.param_groups)
+            for i, parameter in enumerate(group["params"])
+        }
         numbers = {}
-        for g, group in enumerate(self.param_groups):
-            for i, parameter in enumerate(group["params"]):
-                if group["rule"] == "matrix" and parameter in self.state:
-                    name = group["param_names"][i] if "param_names" in group else f"group {g}, parameter {i}"
-                    numbers[name] = _condition_numbers(self.state[parameter])
+        for parameter, state in self.state.items():
+            # Under ZeRO it is a vector, whose state has that of this rank's matrices by their names.
+            for prefix in dict.fromkeys(key[: key.rfind(":") + 1] for key in state if key.endswith("failures")):
+                numbers[prefix[:-1] or names[parameter]] = _condition_numbers(BlockState(state, prefix))
         return numbers
 
 

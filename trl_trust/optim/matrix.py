@@ -5,12 +5,14 @@ update directions. The rest is here, once: batching by shape, momentum, decay, t
 sharding. Which parameter is a matrix is decided in `routing.py`.
 
 What it is *not*: it keeps no float32 master copy of bf16 parameters (load the model in float32 and autocast, as TRL
-does), and it is no ZeRO or FSDP1 optimizer (these flatten the matrices; refused).
+does), and it is no FSDP1 optimizer (which flattens the matrices; refused).
 """
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ from torch.optim.adamw import adamw
 from ..settings import BelowOne, NonNegative, Positive
 from .options import declared_options, require_option
 from .routing import FLATTENED, Route, route, routing_table
+from .zero import Layout as ZeroLayout
+from .zero import Matrix, read_layouts, stack, step_matrices, whole_shape
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,11 @@ logger = logging.getLogger(__name__)
 # inside Newton-Schulz. A CPU wants what its cache holds: 2 MB (AuON's step is three times slower with 256 MB).
 MAX_BATCH_NUMEL = {"cpu": 2**19}
 MAX_BATCH_NUMEL_ELSEWHERE = 2**26
+
+NOT_ALL_AT_ONCE = (
+    "skip_nonfinite=True cannot run under DeepSpeed ZeRO, which has the optimizer step one group after the other, "
+    "before it has seen all gradients; DeepSpeed looks by itself with bf16.check_grad_overflow in its config"
+)
 
 State = MutableMapping[str, Any]
 Layout = Literal["sharded", "owner", "replicated"]
@@ -80,11 +89,16 @@ class MatrixOptimizer(Optimizer):
     Raises:
         ValueError: If a setting is out of range, no parameter goes to the matrix rule, or a parameter is complex,
             sparse, integer, empty, flattened, or has fewer than two dimensions in a matrix group.
-        RuntimeError: In `step`, if a gradient is sparse or a matrix was flattened after construction.
+        RuntimeError: In `step`, if a gradient is sparse or a matrix was flattened after construction, other than by
+            a DeepSpeed engine that [`bind`] was given.
     """
 
     # False: the rule averages gradients itself, and `direction` receives the gradients. `momentum` is then its own.
     shared_momentum = True
+
+    # Under ZeRO: what makes the engine known, and how the vectors in the groups make up matrices. Not pickled.
+    _find_engine: Callable[[], Any] | None = None
+    _layouts: Mapping[Tensor, ZeroLayout] = {}
 
     def __init__(
         self,
@@ -128,6 +142,8 @@ class MatrixOptimizer(Optimizer):
                 no_decay=no_decay,
             )
             params = _groups(self.routes)
+            # What is kept is for reports: sharding frees the parameters that it replaces, if nobody holds them.
+            self.routes = [replace(r, parameter=_outline(r.parameter)) for r in self.routes]
         elif not all(option is None for option in (matrix_pattern, adamw_pattern, split_sizes, no_decay)):
             raise ValueError(
                 "matrix_pattern, adamw_pattern, split_sizes and no_decay route a model: pass the model instead of its "
@@ -221,10 +237,12 @@ class MatrixOptimizer(Optimizer):
 
     def routing_report(self) -> str:
         """Return a table of all parameters: name, shape, rule, reason, learning rate, decay, scale."""
-        reasons = {r.name: r.reason for r in self.routes}
+        routes = {r.name: r for r in self.routes}
         rows = [("parameter", "shape", "rule", "reason", "lr", "weight_decay", "scale")]
         for group in self.param_groups:
-            for index, parameter in enumerate(group["params"]):
+            # Under ZeRO a group has a vector, and remembers the names of what it is made of.
+            whole = [r.parameter for r in map(routes.get, group.get("param_names", ())) if r is not None]
+            for index, parameter in enumerate(whole or group["params"]):
                 name, shape, scale = _name(group, index), "x".join(map(str, parameter.shape)) or "scalar", ""
                 if group["rule"] == "matrix":
                     m, n = parameter.shape[-2:][:: -1 if group["transposed"] else 1]
@@ -233,7 +251,8 @@ class MatrixOptimizer(Optimizer):
                     shape += " transposed" if group["transposed"] else ""
                     shape += f" split {'+'.join(map(str, blocks))}" if group["split_sizes"] else ""
                 lr, decay = f"{float(group['lr']):.4g}", f"{group['weight_decay']:.4g}"
-                rows.append((name, shape, group["rule"], reasons.get(name, "group"), lr, decay, scale))
+                reason = routes[name].reason if name in routes else "group"
+                rows.append((name, shape, group["rule"], reason, lr, decay, scale))
         return routing_table(rows)
 
     def routing_summary(self) -> str:
@@ -295,7 +314,10 @@ class MatrixOptimizer(Optimizer):
             return loss
         for group in self.param_groups:
             if group["rule"] == "matrix":
-                for batch in self._batches(group):
+                vectors = [p for p in group["params"] if p.ndim < 2]
+                for vector in vectors:
+                    self._vector_step(vector, group)
+                for batch in self._batches(group) if not vectors else ():
                     self._matrix_step(batch, group)
             else:
                 self._adamw_step(group)
@@ -305,8 +327,6 @@ class MatrixOptimizer(Optimizer):
         """Parameters that have a gradient, in batches of one shape, dtype and placement."""
         buckets: dict[tuple, list[Tensor]] = {}
         for index, p in enumerate(group["params"]):
-            if p.ndim < 2:
-                raise RuntimeError(f"matrix {_name(group, index)} arrives as shape {tuple(p.shape)}: {FLATTENED}")
             if p.grad is None:
                 continue
             _validate_gradient(p, _name(group, index))
@@ -314,8 +334,7 @@ class MatrixOptimizer(Optimizer):
             buckets.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, *placement), []).append(p)
         batches = []
         for bucket in buckets.values():
-            limit = MAX_BATCH_NUMEL.get(bucket[0].device.type, MAX_BATCH_NUMEL_ELSEWHERE)
-            size = max(1, limit // bucket[0].numel())
+            size = max(1, _batch_limit(bucket[0]) // bucket[0].numel())
             batches += [bucket[start : start + size] for start in range(0, len(bucket), size)]
         return batches
 
@@ -324,14 +343,55 @@ class MatrixOptimizer(Optimizer):
         grads = [_local_gradient(p) for p in batch]  # float32 or float64, never written to
         if self.shared_momentum:
             grads = self._average(batch, grads, group)
-        stacked = torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)  # (k, ..., rows, columns)
+        stacked = stack(grads)  # (k, ..., rows, columns)
         layout = self.layout(group)
         if layout == "sharded" and group["split_sizes"]:
             layout = "replicated"  # blocks do not follow the shard borders
         whole, shards_of = _assemble(stacked, batch[0], layout)
         stateful = batch if layout == "replicated" or whole is stacked else []
-        directions = shards_of(self._directions(whole, stateful, group))
+        directions = shards_of(self._directions(whole, [self.state[p] for p in stateful], group))
         _apply(params, list(directions.unbind(0)), group["lr"], group["weight_decay"])
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Under ZeRO
+
+    def attach(self, trainer: Any) -> None:
+        """Learn from a `transformers.Trainer` where its DeepSpeed engine will be; see [`bind`]."""
+        trainer = weakref.ref(trainer)
+        self._find_engine = lambda: getattr(trainer(), "deepspeed", None)
+
+    def bind(self, engine: Any) -> None:
+        """Take a `DeepSpeedEngine` whose client optimizer this is: `optimizer.bind(deepspeed.initialize(...)[0])`.
+
+        Raises:
+            ValueError: If DeepSpeed offloads the optimizer or splits matrices, or `skip_nonfinite` is set.
+        """
+        if any(group.get("skip_nonfinite") for group in self.param_groups):
+            raise ValueError(NOT_ALL_AT_ONCE)
+        self._layouts = read_layouts(engine)
+
+    def _layout_of(self, vector: Tensor, group: dict[str, Any]) -> ZeroLayout:
+        if vector not in self._layouts and self._find_engine is not None and self._find_engine() is not None:
+            self.bind(self._find_engine())
+        if vector not in self._layouts:
+            raise RuntimeError(f"matrix {_name(group, 0)} arrives as shape {tuple(vector.shape)}: {FLATTENED}")
+        return self._layouts[vector]
+
+    def _vector_step(self, vector: Tensor, group: dict[str, Any]) -> None:
+        """One step for a group's matrices that ZeRO keeps as a vector on each rank, a part of their elements."""
+        layout = self._layout_of(vector, group)
+        if vector.grad is None:
+            return
+        grad = _local_gradient(vector)
+        update = self._average([vector], [grad], group)[0] if self.shared_momentum else grad
+        state = self.state[vector]
+
+        def work(matrices: list[Matrix], stacked: Tensor) -> Tensor:
+            return self._directions(stacked, [BlockState(state, f"{m.name}:") for m in matrices], group)
+
+        limit = _batch_limit(vector)
+        for slots, directions in step_matrices(layout, update, limit, work, target=vector):
+            _apply(slots, directions, group["lr"], group["weight_decay"])
 
     def _average(self, batch: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Exponential average with Nesterov look-ahead, elementwise and so on the shards: torch's Muon bit for bit."""
@@ -344,7 +404,7 @@ class MatrixOptimizer(Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
-    def _directions(self, updates: Tensor, batch: list[Tensor], group: dict[str, Any]) -> Tensor:
+    def _directions(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
         """Orient, split, ask the rule, scale, and put back: (k, ..., rows, columns) as stored, before and after."""
         if updates.shape[0] == 0:  # an owner without a share of this batch
             return updates
@@ -352,10 +412,8 @@ class MatrixOptimizer(Optimizer):
         blocks = updates.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (updates,)
         directions = []
         for index, block in enumerate(blocks):
-            states = [self.state[p] for p in batch]
-            if group["split_sizes"]:
-                states = [_BlockState(state, f"block{index}.") for state in states]
-            direction = self.direction(block, states, group)
+            own = [BlockState(s, f"block{index}.") for s in states] if group["split_sizes"] else states
+            direction = self.direction(block, own, group)
             factor = self.scale(group, *block.shape[-2:])
             directions.append(direction if factor == 1.0 else direction * factor)
         whole = directions[0] if len(directions) == 1 else torch.cat(directions, dim=-2)
@@ -412,7 +470,7 @@ class MatrixOptimizer(Optimizer):
         return not any(count.item() for count in bad)
 
 
-class _BlockState(MutableMapping):
+class BlockState(MutableMapping):
     """The part of a parameter's state that belongs to one of its blocks: a view with prefixed keys."""
 
     def __init__(self, state: State, prefix: str):
@@ -451,6 +509,10 @@ def _groups(routes: list[Route]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def _outline(parameter: Tensor) -> Tensor:
+    return torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
+
+
 def _name(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     return names[index] if names else f"parameter {index}"
@@ -467,16 +529,14 @@ def _require_rate(name: str, lr: Any) -> None:
 
 
 def _validate_parameter(parameter: Tensor, name: str, rule: str) -> None:
-    shape = tuple(parameter.shape)
-    if hasattr(parameter, "ds_shape"):
-        raise ValueError(f"{name} has shape {shape} here and {tuple(parameter.ds_shape)} in the model: {FLATTENED}")
+    shape = tuple(whole_shape(parameter))
     if parameter.layout != torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}; only dense parameters can be optimized")
     if not parameter.is_floating_point():
         raise ValueError(f"{name} has dtype {parameter.dtype}; only real floating-point parameters can be optimized")
-    if parameter.numel() == 0:
+    if math.prod(shape) == 0:
         raise ValueError(f"{name} is empty, shape {shape}; freeze it or leave it out")
-    if rule == "matrix" and parameter.ndim < 2:
+    if rule == "matrix" and len(shape) < 2:
         raise ValueError(
             f"{name} has shape {shape}; a matrix group needs two dimensions or more. Pass the model, which is then "
             "routed, or put it into a group with 'rule': 'adamw'"
@@ -490,6 +550,10 @@ def _validate_gradient(p: Tensor, name: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------------
 # Tensors and shards
+
+
+def _batch_limit(p: Tensor) -> int:
+    return MAX_BATCH_NUMEL.get(p.device.type, MAX_BATCH_NUMEL_ELSEWHERE)
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

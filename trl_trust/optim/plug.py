@@ -12,7 +12,8 @@ make `training_args.bin` unreadable where this package is not imported, so ours 
 
 Two public methods are wrapped. `Trainer.train` refuses to begin where DeepSpeed would silently put an optimizer of its
 own in the place of ours. After `Trainer.create_optimizer`, an optimizer that has a method `attach` gets the trainer
-through it. TRAM needs that, whose two passes happen inside `training_step`.
+through it. TRAM needs that, whose two passes happen inside `training_step`; and the matrix optimizers under DeepSpeed,
+whose engine knows how matrices were taken apart.
 """
 
 import logging
@@ -27,9 +28,9 @@ from transformers.training_args import OptimizerNames
 
 from ..lookup import near
 from ..optimizers import OPTIMIZERS, OptimizerInfo
-from .matrix import MatrixOptimizer
+from .matrix import NOT_ALL_AT_ONCE, MatrixOptimizer
 from .options import declared_options, parse_optim_args
-from .routing import FLATTENED
+from .zero import OFFLOADED
 
 
 try:
@@ -101,7 +102,6 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
     if "base" in options:  # a wrapper, which hands the options of what it wraps on
         bases = [other for other in OPTIMIZERS if other.name == context.optim_args.get("base")]
         options = {k: kind for base in bases for k, kind in declared_options(base.load()).items()} | options
-    _refuse_zero(row, target, args)
     given: dict[str, Any] = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
@@ -114,6 +114,8 @@ def _handle(row: OptimizerInfo, context: Any) -> tuple[Callable, dict[str, Any]]
         given["aux_eps"] = args.adam_epsilon
     kwargs = {name: value for name, value in given.items() if name in options}
     kwargs |= parse_optim_args(row.name, context.optim_args, options)
+    if isinstance(target, type) and issubclass(target, MatrixOptimizer):
+        _refuse_zero(row, kwargs, args)
 
     def build(model: nn.Module, **kwargs: Any) -> Optimizer:
         if "no_decay" in options:
@@ -173,7 +175,12 @@ def _refusing(train: Callable) -> Callable:
     return wrapper
 
 
-def _refuse_zero(row: OptimizerInfo, target: Any, args: Any) -> None:
-    stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
-    if isinstance(target, type) and issubclass(target, MatrixOptimizer) and stage:
-        raise ValueError(f"optim={row.name!r} cannot run under DeepSpeed ZeRO stage {stage}: {FLATTENED}")
+def _refuse_zero(row: OptimizerInfo, kwargs: dict[str, Any], args: Any) -> None:
+    """Say before training what `MatrixOptimizer.bind` would say at the first step."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if not getattr(plugin, "zero_stage", 0):
+        return
+    offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    for asked, why in ((offload not in ("none", None), OFFLOADED), (kwargs.get("skip_nonfinite"), NOT_ALL_AT_ONCE)):
+        if asked:
+            raise ValueError(f"optim={row.name!r}: {why}")

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..anatomy import backbone, embeddings
+from .zero import whole_shape
 
 
 FLATTENED = (
-    "DeepSpeed ZeRO 1-3 and FSDP1 hand flat pieces to the optimizer, from which no matrix can be recovered; "
-    "use FSDP2, DDP or ZeRO stage 0, or one of transformers' own optimizers"
+    "FSDP1 hands flat pieces to the optimizer, from which no matrix can be recovered; use FSDP2, DDP or DeepSpeed. "
+    "DeepSpeed's engine outside of a Trainer has to be made known by optimizer.bind(engine)"
 )
 SPLIT_SIZES = '{"c_attn": (768, 768, 768)}, or "c_attn:768:768:768" in optim_args'
 
@@ -107,13 +108,14 @@ def _default_rule(model: nn.Module, path: str, module: nn.Module, name: str, par
     kind = type(module).__name__
     if _is_router(model, path, module):
         return "adamw", "router"
-    if parameter.ndim < 2 or "bias" in name:
+    shape = whole_shape(parameter)
+    if len(shape) < 2 or "bias" in name:
         return "adamw", "vector"
-    if min(parameter.shape[-2:]) == 1:
+    if min(shape[-2:]) == 1:
         return "adamw", "one row or column"
     if name == "weight" and (isinstance(module, nn.Linear) or kind == "Conv1D"):
         return "matrix", kind
-    if parameter.ndim == 3 and "Experts" in kind:
+    if len(shape) == 3 and "Experts" in kind:
         return "matrix", kind
     return "adamw", kind
 
@@ -133,7 +135,7 @@ def route(
     """Assign every trainable parameter of `model` to exactly one rule.
 
     Args:
-        model: The model, before or after PEFT. Not yet sharded, or sharded by FSDP2.
+        model: The model, before or after PEFT. Not yet sharded, or sharded by FSDP2 or ZeRO.
         matrix_pattern: Regular expression, searched in the names: these go to the matrix rule.
         adamw_pattern: The same for AdamW.
         split_sizes: `{pattern: sizes}`: weights that hold several matrices stacked along the output dimension, such as
@@ -145,7 +147,7 @@ def route(
 
     Raises:
         ValueError: If a pattern matches nothing, both patterns match one name, a matrix has fewer than two dimensions
-            or was flattened by a sharding engine, or split sizes do not add up to the output dimension.
+            or was flattened by FSDP1, or split sizes do not add up to the output dimension.
     """
     splits = parse_split_sizes(split_sizes)
     for field, pattern in (
@@ -171,11 +173,11 @@ def route(
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{path}.{leaf}" if path else leaf
+            name, shape = f"{path}.{leaf}" if path else leaf, whole_shape(parameter)
 
-            flattened = hasattr(parameter, "ds_shape") or "FlatParameter" in type(parameter).__name__
-            if flattened or (isinstance(module, nn.Linear) and leaf == "weight" and parameter.ndim != 2):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}, it was flattened: {FLATTENED}")
+            flattened = "FlatParameter" in type(parameter).__name__
+            if flattened or (isinstance(module, nn.Linear) and leaf == "weight" and len(shape) != 2):
+                raise ValueError(f"{name} has shape {tuple(shape)}, it was flattened: {FLATTENED}")
 
             to_matrix, to_adamw = matches(matrix_pattern, name), matches(adamw_pattern, name)
             if to_matrix and to_adamw:
@@ -198,21 +200,21 @@ def route(
                 decay = name not in no_decay
             options = {}
             if rule == "matrix":
-                if parameter.ndim < 2:
+                if len(shape) < 2:
                     raise ValueError(
-                        f"matrix_pattern={matrix_pattern!r} matches {name} of shape {tuple(parameter.shape)}; "
+                        f"matrix_pattern={matrix_pattern!r} matches {name} of shape {tuple(shape)}; "
                         "the matrix rule needs two dimensions or more"
                     )
                 options["transposed"] = _is_transposed(module)
                 for pattern, sizes in splits.items():
                     if matches(pattern, name):
-                        rows = parameter.shape[-1 if options["transposed"] else -2]
+                        rows = shape[-1 if options["transposed"] else -2]
                         if sum(sizes) != rows:
                             raise ValueError(
                                 f"split_sizes {pattern!r}: {sizes} add up to {sum(sizes)}; {name} has {rows} outputs"
                             )
                         options["split_sizes"] = sizes
-            routes.append(Route(name, parameter, rule, reason, decay and parameter.ndim >= 2, **options))
+            routes.append(Route(name, parameter, rule, reason, decay and len(shape) >= 2, **options))
 
     if unused:
         raise ValueError(f"no parameter matches {sorted(unused)}; see the names in model.named_parameters()")
