@@ -254,7 +254,7 @@ def rlad_cost(seed: int, folder: str, sizes: dict) -> dict:
         parts = ours.trainer._buffered_inputs
         began = time.process_time()
         for part in parts:
-            ours.trainer.score_rollouts(part, model)
+            ours.trainer.rollout_logps(part, model)
         return time.process_time() - began
 
     stock.steps(2), ours.steps(2), forward()
@@ -333,7 +333,7 @@ def memory_of(how: str, vocabulary: int, folder: str) -> float:
         teacher.model(ids[:, :4])  # the first forward of a process allocates for itself
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if how == "fused":
-        trainer.score_rollouts(tensors, trainer.teacher_model)
+        trainer.rollout_logps(tensors, trainer.teacher_model)
     else:
         with torch.no_grad():
             teacher(ids, attention_mask=ones).logits[:, 7:-1].log_softmax(-1).gather(2, ids[:, 8:, None])

@@ -16,6 +16,7 @@ _EXPORTS = {
     "PolicyBatch": "trl_trust.policy.base",
     "PolicyLoss": "trl_trust.policy.base",
     "Rollouts": "trl_trust.policy.base",
+    "GenerationBatch": "trl_trust.policy.base",
     "TrustGRPOConfig": "trl_trust.policy.base",
     "TrustGRPOTrainer": "trl_trust.policy.base",
     "TrustMonitor": "trl_trust.monitor",
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from .monitor import TrustMonitor
     from .optim import FISMO, TRAM, AuON, HybridAuON, Muon
     from .policy.alp import ALPConfig, ALPTrainer, alp_loss
-    from .policy.base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
+    from .policy.base import GenerationBatch, PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer
     from .policy.dhpo import DHPOConfig, DHPOTrainer, dhpo_loss
     from .policy.dispo import DISPOConfig, DISPOTrainer, dispo_loss
     from .policy.dppo import DPPOConfig, DPPOTrainer, dppo_loss

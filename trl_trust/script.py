@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache, partial
@@ -187,6 +187,11 @@ class RecipeParser(TrlParser):
         }
         self.given |= launched
         return tuple(configs)
+
+    def build(self, settings: Mapping[str, Any]) -> tuple:
+        """Return one instance of each dataclass from settings by name, whose values are read as a recipe's are."""
+        self.set_defaults_with_config(**settings)
+        return self.parse_args_into_dataclasses(args=[])
 
     def recipe(self) -> str:
         """What was parsed, as a recipe: every setting that is not at its default.

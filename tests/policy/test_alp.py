@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2C
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.anatomy import decoder_layers
-from trl_trust.policy.alp import ALPConfig, ALPTrainer, LayerNoise, _AddNoise, alp_loss, noise_seed
+from trl_trust.policy.alp import ALPConfig, ALPTrainer, alp_loss
 from trl_trust.policy.base import grpo_loss
+from trl_trust.policy.noise import LayerNoise, _AddNoise, noise_seed
 from trl_trust.quickstart.task import problems
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny import loss_and_grad, parameter_gap, policy_batch, random_policy_batch, tiny_config, tiny_run, tiny_trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_trust.policy.base import PolicyBatch, Rollouts
+from trl_trust.policy.base import GenerationBatch, PolicyBatch
 from trl_trust.policy.opmd import OPMDConfig, OPMDTrainer, opmd_advantages, opmd_loss
 
 
@@ -321,7 +321,7 @@ def test_each_process_takes_its_own_rows(tiny_model_path, tmp_path):
     trainer = tiny_trainer(OPMDTrainer, tiny_model_path, tiny_config(OPMDConfig, tmp_path))
     rewards, taken = f64([1, 0, 0, 0, 5, 9, 7, 7]), []
     for rows in (slice(0, 4), slice(4, 8)):
-        taken.append(trainer.extend_rollouts(Rollouts([], [], [], [], rewards, 4, rows, {}))["advantages"])
+        taken.append(trainer.extend_rollouts(GenerationBatch([], [], [], [], rewards, 4, rows, {}))["advantages"])
     assert [x.tolist() for x in taken] == [[0.75, -0.25, -0.25, -0.25], [-2.0, 2.0, 0.0, 0.0]]
 
 

@@ -1,6 +1,8 @@
 """Feedback in words: the prompt in which a teacher reads it, and what a response says. No tensors."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def insert_feedback(prompt: str | list[dict], feedback: str, template: str) -> str | list[dict]:
@@ -32,3 +34,26 @@ def without_thoughts(text: str) -> str:
     """`text` without `<think>` blocks: also one that the chat template has opened, or that was never closed."""
     text = re.sub(r"(?s)\A(?:(?!<think>).)*?</think>\s*", "", text)
     return re.sub(r"(?s)<think>.*?(?:</think>\s*|\Z)", "", text)
+
+
+def comments(found: Any, n: int, source: str) -> list[str | None]:
+    """What was said about each of `n` completions, blank texts as `None`.
+
+    Raises:
+        ValueError: unless `found` is a list with a text or `None` for each; `source` says where it is from.
+    """
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{source} {found!r}; it must return a list, a text or None for each completion.")
+    if len(found) != n:
+        raise ValueError(f"feedback_func returned {len(found)} texts for {n} completions; it must return one each.")
+    for text in found:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{source} {text!r} about a completion; it must be a text or None.")
+    return [text if text and text.strip() else None for text in found]
+
+
+def another_success(row: int, size: int, solved: Sequence[bool], text_of: Callable[[int], str]) -> str | None:
+    """The first other response of the row's group, of `size` rows, that is `solved` and says something."""
+    group = range(row // size * size, row // size * size + size)
+    others = (text_of(i) for i in group if i != row and solved[i])
+    return next((text for text in others if text.strip()), None)

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..policy.base import (
+    GenerationBatch,
     PolicyBatch,
     PolicyLoss,
-    Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     clip_ratios,
@@ -227,7 +227,7 @@ class RLADTrainer(TrustGRPOTrainer):
         highest = max(id_ for id_ in ids if id_ < reachable)
         check_token_ids("teacher_model", teacher, self.processing_class, highest, **options)
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         if self.teacher_model is None:
             return {}
         # An id that no tokenizer knows, from the padding of the policy's embedding, can be sampled all the same
@@ -238,7 +238,7 @@ class RLADTrainer(TrustGRPOTrainer):
                 f"`generation_kwargs`, or choose a teacher whose embedding is as large as the policy's."
             )
         began = synchronized_time()
-        teacher_logps = self.score_rollouts(rollouts.tensors, self.teacher_model)  # (n, T)
+        teacher_logps = self.rollout_logps(rollouts.tensors, self.teacher_model)  # (n, T)
         self.log_value("rlad/teacher_time", synchronized_time() - began)
         return {"teacher_logps": teacher_logps}
 

@@ -9,7 +9,6 @@ Run again, it passes over what is finished, goes on from the last checkpoint or 
 settings other than those a stage was begun with. Every stage leaves a whole model; adapters are merged.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,16 +126,16 @@ def prepare(argv: Sequence[str], method: Method | None = None) -> Callable[[], i
             "stage: the rounds run both stages; leave it out (`teacher` and `student` hold what differs)."
         )
 
-    def parse(stage: str, **settings) -> tuple:
-        return make_parser().parse([*words, "--stage", stage, *_as_words(settings)])
-
-    script_args, args, model_args, dataset_args = parse("student")
+    parser = make_parser()
+    script_args, args, model_args, dataset_args = parser.parse([*words, "--stage", "student"])
+    given = {name: parser.given[name] for name in ERPDConfig.__dataclass_fields__ if name in parser.given}
     temperature, output = args.temperature, Path(args.output_dir)
     _refuse_what_is_of_the_rounds(script_args)
 
     def config_of(stage: str, folder: Path, **settings) -> ERPDConfig:
         own = script_args.teacher if stage == "teacher" else script_args.student
-        return parse(stage, **{**own, **settings, "output_dir": str(folder)})[1]
+        settings = {**given, **own, **settings, "stage": stage, "output_dir": str(folder)}
+        return RecipeParser((ERPDConfig,), prog="trl-trust erpd").build(settings)[0]
 
     def rollouts_of(number: int) -> RolloutsConfig:
         settings = {"seed": args.seed, "use_cpu": args.use_cpu, **script_args.rollouts}
@@ -310,15 +309,3 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
     whole = [path.parent for path in folder.glob(CHECKPOINTS)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def _as_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line."""
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, list) for x in value)):
-            values = [json.dumps(value)]
-        else:
-            values = ["none" if x is None else str(x) for x in (value if isinstance(value, list) else [value])]
-        words += [f"--{name}", *values]
-    return words

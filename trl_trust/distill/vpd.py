@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from ..lookup import finished, load_function
 from ..policy.base import (
     LOG_RATIO_LIMIT,
+    GenerationBatch,
     PolicyBatch,
     PolicyLoss,
-    Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     extras_of,
@@ -35,7 +35,7 @@ from ..policy.base import (
 )
 from ..policy.hidden import HiddenStates
 from ..settings import BelowOne, Count, Fraction, Number, Positive, Settings, Whole, check, setting
-from .feedback import as_text, insert_feedback, without_thoughts
+from .feedback import another_success, as_text, comments, insert_feedback, without_thoughts
 
 
 # feedback_func(prompts, completions, **columns) -> what there is to say about each completion, or None
@@ -399,7 +399,7 @@ class VPDTrainer(TrustGRPOTrainer):
 
     # -- the teacher's prompts ---------------------------------------------------------------------------------------
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         tensors = rollouts.tensors
         if "pixel_values" in tensors:
             raise ValueError("VPD writes the teacher's prompt as text: prompts with images are not supported.")
@@ -442,7 +442,7 @@ class VPDTrainer(TrustGRPOTrainer):
             extras["prior_logps"] = tensors["ref_per_token_logps"]  # (n, T)
         return extras
 
-    def _texts(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
+    def _texts(self, rollouts: GenerationBatch, rewards: list[float]) -> list[str | None]:
         """What there is in words about each response of this process."""
         n = len(rollouts.completions)
         if not self.args.include_environment_feedback:
@@ -459,18 +459,9 @@ class VPDTrainer(TrustGRPOTrainer):
             columns |= {"completion_ids": rollouts.completion_ids, "rewards": rewards[rollouts.rows]}
             source = "feedback_func returned"
             found = finished(self.feedback_func(prompts=rollouts.prompts, completions=rollouts.completions, **columns))
-        if not isinstance(found, (list, tuple)):
-            raise ValueError(f"{source} {found!r}; it must return a list, a text or None for each completion.")
-        if len(found) != n:
-            raise ValueError(
-                f"feedback_func returned {len(found)} texts for {n} completions; it must return one each."
-            )
-        for text in found:
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{source} {text!r} about a completion; it must be a text or None.")
-        return [text if text and text.strip() else None for text in found]
+        return comments(found, n, source)
 
-    def _solutions(self, rollouts: Rollouts, rewards: list[float]) -> list[str | None]:
+    def _solutions(self, rollouts: GenerationBatch, rewards: list[float]) -> list[str | None]:
         """Another response to the same prompt that succeeded and says something, for each response of this process."""
         texts, first = [as_text(completion) for completion in rollouts.completions], rollouts.rows.start
         n, size = len(texts), rollouts.num_generations
@@ -480,12 +471,9 @@ class VPDTrainer(TrustGRPOTrainer):
             texts, first = gather_object(texts), 0
         if self.args.remove_thinking_from_demonstration:
             texts = [without_thoughts(text) for text in texts]
-        solutions: list[str | None] = []
-        for row in range(rollouts.rows.start, rollouts.rows.stop):
-            group = range(row // size * size, row // size * size + size)
-            others = (i for i in group if i != row and rewards[i] >= self.args.success_reward_threshold)
-            solutions.append(next((texts[i - first] for i in others if texts[i - first].strip()), None))
-        return solutions
+        solved = [reward >= self.args.success_reward_threshold for reward in rewards]
+        rows = range(rollouts.rows.start, rollouts.rows.stop)
+        return [another_success(row, size, solved, lambda i: texts[i - first]) for row in rows]
 
     # -- the two steps -----------------------------------------------------------------------------------------------
 

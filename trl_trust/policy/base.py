@@ -79,6 +79,7 @@ __all__ = [
     "LOG_RATIO_LIMIT",
     "METHOD_STATE_FILE",
     "MULTIMODAL_INPUTS",
+    "GenerationBatch",
     "PolicyBatch",
     "PolicyLoss",
     "Rollouts",
@@ -129,7 +130,7 @@ def extras_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class GenerationBatch:
     """One generation batch before it is shuffled and split. n rows here, N over all processes.
 
     Attributes:
@@ -152,6 +153,9 @@ class Rollouts:
     num_generations: int
     rows: slice
     tensors: Mapping[str, Any]
+
+
+Rollouts = GenerationBatch  # its name until 0.1
 
 
 class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOTrainer):
@@ -332,7 +336,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         """The policy term. Called once a micro-batch, in training and evaluation, on every process."""
         return grpo_loss(batch, **self.settings(grpo_loss))
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         """Row tensors, (n, ...), to attach to a generation batch; they reach `PolicyBatch.extras` through the shuffle.
 
         Called once a generation batch, on every process: the place for teacher log-probabilities and group statistics.
@@ -407,7 +411,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         output["rewards"] = rewards[rows]  # (n,)
         output["group"] = torch.arange(start, start + n, device=rewards.device) // num_generations  # (n,)
         extras = self.extend_rollouts(
-            Rollouts(
+            GenerationBatch(
                 examples,
                 prompts,
                 completions,
@@ -515,7 +519,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
             **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
         )
 
-    def score_rollouts(self, tensors: dict[str, Any], model: PreTrainedModel | None = None) -> Tensor:
+    def rollout_logps(self, tensors: dict[str, Any], model: PreTrainedModel | None = None) -> Tensor:
         """(n, T) log-probabilities of a generation batch under `model`, or the policy as it is, without gradient.
 
         For [`extend_rollouts`]: one micro-batch at a time, as TRL computes `old_per_token_logps`. `model` comes from
@@ -532,7 +536,7 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
         init_kwargs: dict[str, Any] | None = None,
         temperature: float | None = None,
     ) -> PreTrainedModel:
-        """Make `model`, loaded where it is an id, one that [`score_rollouts`] can score completions with.
+        """Make `model`, loaded where it is an id, one that [`rollout_logps`] can score completions with.
 
         It is frozen, in evaluation mode, and spread over processes as TRL 1.16 spreads its reference model.
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..settings import NonNegative, Number, OpenFraction, Positive, Range, require, setting
 from .base import (
+    GenerationBatch,
     PolicyBatch,
     PolicyLoss,
-    Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     clipped_surrogate,
@@ -209,7 +209,7 @@ class ETRTrainer(TrustGRPOTrainer):
         " Guanjun Jiang and Xiaozhao Wang",
     )
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         # a micro-batch holds fragments of groups, so the variance is taken here, where whole groups are known
         if self.args.lambda_macro == 0:
             return {}

@@ -20,9 +20,9 @@ from ..anatomy import whole
 from ..settings import Positive, PositiveOrInf, setting
 from .base import (
     LOG_RATIO_LIMIT,
+    GenerationBatch,
     PolicyBatch,
     PolicyLoss,
-    Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     extras_of,
@@ -187,13 +187,13 @@ class MDPOTrainer(TrustGRPOTrainer):
         iterations = -(-self.state.max_steps * args.gradient_accumulation_steps // micro_batches)
         return annealed_step_size(k, max(iterations, 1), args.step_size, args.step_size_min)
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         # Without stored log-probabilities no update separates generation and training: the divergence is 0. So it is
         # in evaluation, which must leave alone the head that was kept for the updates still to come.
         if not self.model.training or self.args.divergence != "full" or "old_per_token_logps" not in rollouts.tensors:
             return {}
         with self._old_policy.recording(rollouts.tensors["completion_ids"].size(1)) as hidden:
-            self.score_rollouts(rollouts.tensors)
+            self.rollout_logps(rollouts.tensors)
         return {"old_hidden": torch.cat(hidden)}  # (n, T, d)
 
     def score_completions(self, model, inputs, batch_size=None):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..settings import Positive, setting
-from .base import PolicyBatch, PolicyLoss, Rollouts, TrustGRPOConfig, TrustGRPOTrainer, paper
+from .base import GenerationBatch, PolicyBatch, PolicyLoss, TrustGRPOConfig, TrustGRPOTrainer, paper
 from .config import NO_CLIP, require_whole_responses
 
 
@@ -166,7 +166,7 @@ class OPMDTrainer(TrustGRPOTrainer):
         if self.args.reset_optimizer and self.is_deepspeed_enabled:
             raise ValueError("reset_optimizer=True cannot reach the optimizer of DeepSpeed: use DDP or FSDP2.")
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         by_group = rollouts.rewards.view(-1, rollouts.num_generations)
         advantages = opmd_advantages(by_group, tau=self.args.tau, baseline=self.args.baseline)
         if self.args.reset_optimizer and self.model.training:

@@ -24,9 +24,9 @@ from ..levels import LEVEL_RULES, load_level_rule, reward_levels
 from ..settings import NonNegative, Number, Positive, Range, setting
 from .base import (
     LOG_RATIO_LIMIT,
+    GenerationBatch,
     PolicyBatch,
     PolicyLoss,
-    Rollouts,
     TrustGRPOConfig,
     TrustGRPOTrainer,
     paper,
@@ -245,7 +245,7 @@ class TRPATrainer(TrustGRPOTrainer):
             raise ValueError(f"level_rule={rule!r}: the trainer was given a `level_fn` as well; keep one of the two.")
         self.level_fn = level_fn if rule == "reward" else load_level_rule(rule)
 
-    def extend_rollouts(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         levels = self._levels(rollouts)  # (n,)
         tensors = rollouts.tensors
         mask = tensors["completion_mask"] * tensors.get("tool_mask", 1)
@@ -262,7 +262,7 @@ class TRPATrainer(TrustGRPOTrainer):
         weight = self.accelerator.num_processes * micro_batches / prompts
         return {"levels": levels, "prompt_weight": weight.expand(len(levels))}
 
-    def _levels(self, rollouts: Rollouts) -> Tensor:
+    def _levels(self, rollouts: GenerationBatch) -> Tensor:
         """(n,) levels of this process's responses; 0 for those without one."""
         rewards = rollouts.rewards
         if self.level_fn is None:
