@@ -3,6 +3,8 @@
     python benchmarks/pretrain_small.py                       # all cells that are not there yet, then the report
     python benchmarks/pretrain_small.py --methods muon auon --seeds 0
     python benchmarks/pretrain_small.py --methods muon --lrs 3e-3 1e-2 3e-2 --seeds 1 2
+    python benchmarks/pretrain_small.py --steps 160 --methods muon muon:momentum_dtype=bfloat16 --lrs 1e-2 \
+        --seeds 0 1 2 3 4 --json benchmarks/results/momentum_bf16.json      # is half of the state as good?
     python benchmarks/pretrain_small.py --report              # table and plot from what is there
     python benchmarks/pretrain_small.py --smoke               # a minute's check that everything runs
 
@@ -40,6 +42,9 @@ METHODS = {
     "auon:aux_lr=1e-3": ((3e-2,), {"aux_lr": 1e-3}),
     "auon:aux_lr=1e-2": ((3e-2,), {"aux_lr": 1e-2}),
     "auon:match_rms_adamw": ((3e-4, 1e-3, 3e-3), {**AUX, "shape_scale": "match_rms_adamw"}),
+    "hybrid_auon:variant=repo": ((1e-2, 3e-2), {**AUX, "variant": "repo"}),
+    "muon:momentum_dtype=bfloat16": ((1e-2,), {**AUX, "momentum_dtype": "bfloat16"}),
+    "auon:momentum_dtype=bfloat16": ((3e-2,), {**AUX, "momentum_dtype": "bfloat16"}),
     "muon:match_rms_adamw": ((1e-3, 3e-3, 1e-2), {**AUX, "shape_scale": "match_rms_adamw"}),
 }
 FULL = {
@@ -245,6 +250,7 @@ def main():
         "--lrs", nargs="+", type=float, help="learning rates instead of the sweep, for all methods given"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="fewer steps, into a file of its own (--json)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="default: pretrain_small.json in benchmarks/results")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -253,7 +259,11 @@ def main():
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.steps and not args.json:
+        parser.error("--steps needs --json: a cell of another length does not belong into the table")
     settings = SMOKE if args.smoke else FULL
+    if args.steps:
+        settings = {**settings, "steps": args.steps, "evaluate_every": max(1, args.steps // 8)}
     path = args.json or (RESULTS.with_name("pretrain_small_smoke.json") if args.smoke else RESULTS)
     results = cells.load(path, settings=settings)
     done = {(cell["method"], cell["lr"], cell["seed"]) for cell in results["cells"]}

@@ -10,6 +10,7 @@ import socket
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pytest import approx
 from tiny import leave
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trl_trust.optim import AuON, HybridAuON, MatrixOptimizer, Muon
+from trl_trust.optim import FISMO, AuON, HybridAuON, MatrixOptimizer, Muon
 
 
 WORLD = 2
@@ -54,6 +55,16 @@ class Whitened(MatrixOptimizer):
         return torch.linalg.solve(torch.stack([s["gram"] for s in states]) + torch.eye(updates.shape[-2]), updates)
 
 
+class Counted(FISMO):
+    """Counts the matrices that this rank works on."""
+
+    worked = 0
+
+    def direction(self, updates, states, group):
+        self.worked += len(states)
+        return super().direction(updates, states, group)
+
+
 OPTIMIZERS = {
     "auon": lambda m: AuON(m, lr=0.1, weight_decay=0.1, aux_weight_decay=0.1),
     "auon_repo_rms": lambda m: AuON(m, lr=0.1, variant="repo", brake_scale="rms", shape_scale="original", gamma=0.3),
@@ -64,6 +75,10 @@ OPTIMIZERS = {
     "muon_one_row": lambda m: Muon(m, lr=0.1, matrix_pattern="^4.weight", ns_dtype="float32"),
     "muon_split": lambda m: Muon(m, lr=0.1, ns_dtype="float32", split_sizes={"^1.weight": (2, 4)}),
     "stateful": lambda m: Whitened(m, lr=0.1, matrix_defaults={"shape_scale": None}),
+    "fismo": lambda m: Counted(m, lr=0.1, update_interval=2),
+    "fismo_split": lambda m: FISMO(m, lr=0.1, split_sizes={"^1.weight": (2, 4)}, momentum_space="param"),
+    "fismo_cholesky": lambda m: FISMO(m, lr=0.1, root="cholesky", momentum_space="param", max_factor_dim=5),
+    "muon_bf16": lambda m: Muon(m, lr=0.1, ns_dtype="float32", momentum_dtype="bfloat16"),
     "guarded": lambda m: Muon(m, lr=0.1, ns_dtype="float32", skip_nonfinite=True),
 }
 
@@ -142,7 +157,7 @@ def spawn(body, *args, world=WORLD):
 def check_equal_to_one_process():
     for name, make in OPTIMIZERS.items():
         poison = name == "guarded"
-        expected, _ = run_single(make, poison=poison)
+        expected, one = run_single(make, poison=poison)
         model, optimizer = shard(make)
         train_sharded(model, optimizer, range(4), poison)
         for (parameter, p), q in zip(model.named_parameters(), expected, strict=True):
@@ -150,14 +165,20 @@ def check_equal_to_one_process():
         assert optimizer.skipped_steps == (1 if poison else 0)
         for p in model.parameters():
             state = optimizer.state[p]
-            if "momentum_buffer" in state:
-                assert isinstance(state["momentum_buffer"], DTensor)
-                assert state["momentum_buffer"].placements == p.placements
+            for key, value in state.items():
+                if "momentum_buffer" in key or "_factor" in key or "_root" in key:
+                    assert isinstance(value, DTensor) and value.placements == p.placements, (name, key)
+        if name == "fismo":
+            # Of 4 steps with 3 matrices and 2 stacks of experts: of the stacks each rank has its own experts.
+            worked = torch.tensor([optimizer.worked])
+            dist.all_reduce(worked)
+            assert one.worked == 4 * 5 and worked.item() == 4 * (3 + 2 * WORLD)
+            assert optimizer.condition_numbers() == {n: approx(sides) for n, sides in one.condition_numbers().items()}
 
 
 def check_distributed_checkpoint(dtype, full_state):
     options = StateDictOptions(full_state_dict=full_state)
-    for name in ("auon", "hybrid", "stateful"):
+    for name in ("auon", "hybrid", "stateful", "fismo"):
         make = OPTIMIZERS[name]
         model, optimizer = shard(make, dtype)
         train_sharded(model, optimizer, (0, 1))
@@ -175,7 +196,8 @@ def check_distributed_checkpoint(dtype, full_state):
         set_optimizer_state_dict(resumed_model, resumed, saved, options=options)
         for p in resumed_model.parameters():
             for key, value in resumed.state[p].items():
-                assert key == "step" or value.dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
+                plain = key.rpartition(".")[2] in ("step", "failures")
+                assert plain or value.dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
         train_sharded(model, optimizer, (2, 3))
         train_sharded(resumed_model, resumed, (2, 3))
         for (parameter, p), q in zip(model.named_parameters(), resumed_model.parameters(), strict=True):

@@ -28,7 +28,7 @@ SHARED = {
     "skip_nonfinite": ["yes", None, 1],
 }
 MOMENTUM = {"momentum": [1.0, *NUMBER]}
-NESTEROV = {"nesterov": ["yes", None, 1]}
+NESTEROV = {"nesterov": ["yes", None, 1], "momentum_dtype": ["float16", None, torch.bfloat16, []]}
 NEWTON_SCHULZ = {
     "ns_steps": [-1, 100, 1.5, "five", NAN, True],
     "ns_coefficients": [1.0, None, (1.0, 2.0), (1.0, 2.0, NAN), (1.0, 2.0, INF), "abc", (1.0, 2.0, "x")],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import BelowOne, NonNegative, Positive, Range
-from .matrix import Layout, MatrixOptimizer, ShapeScale, State, shape_factor
+from .matrix import Layout, MatrixOptimizer, MomentumDtype, ShapeScale, State, shape_factor
 from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSForm, NSSteps, newton_schulz
 
 
@@ -124,6 +124,7 @@ class AuON(MatrixOptimizer):
             1/sqrt(m n) here and about 1/sqrt(max(m, n)) there. `shape_scale="match_rms_adamw"` makes AdamW's fit.
         momentum: Weight of the past in the average of gradients, in [0, 1).
         nesterov: Look ahead by one more average.
+        momentum_dtype: How momentum is kept; `"bfloat16"` takes half the memory, see [`trl_trust.optim.rounding`].
         weight_decay: Decoupled, times `lr`.
         variant: `"paper"` divides the normalised momentum by the brake, `"repo"` the momentum itself.
         gamma: Scale inside the cosh, in (0, 10]. Default: 1 (paper), 1.5 (repo).
@@ -151,6 +152,7 @@ class AuON(MatrixOptimizer):
         *,
         momentum: BelowOne = 0.95,
         nesterov: bool = True,
+        momentum_dtype: MomentumDtype = "float32",
         weight_decay: NonNegative = 0.0,
         variant: Variant = "paper",
         gamma: Annotated[float, Range(0, 10, above=True)] | None = None,
@@ -167,6 +169,7 @@ class AuON(MatrixOptimizer):
         defaults = {
             "momentum": momentum,
             "nesterov": nesterov,
+            "momentum_dtype": momentum_dtype,
             "variant": variant,
             "gamma": gamma,
             "ns_steps": ns_steps,

@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..settings import BelowOne, Count, Fraction, NonNegative, Positive, Whole
-from .matrix import BlockState, Layout, MatrixOptimizer, ShapeScale, State
+from .matrix import BlockState, MatrixOptimizer, ShapeScale, State
 from .muon import NS_COEFFICIENTS, NS_DTYPES, NSCoefficients, NSForm, NSSteps, muon_direction
 
 
@@ -266,9 +267,6 @@ class FISMO(MatrixOptimizer):
                 "frame turns from step to step, and momentum averaged in it is an average of nothing; use root='eigh'"
             )
 
-    def layout(self, group: dict[str, Any]) -> Layout:
-        return "replicated"
-
     def direction(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
         m, n = updates.shape[-2:]
         sides = [side for side in (m, n) if side <= group["max_factor_dim"]]
@@ -284,7 +282,7 @@ class FISMO(MatrixOptimizer):
     def _direction(self, grads: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
         for state, grad in zip(states, grads, strict=True):
             if "step" not in state:
-                self._start(state, grad, group)
+                state.update(self.new_state(grad, group))
         # Parameters that had no gradient now and then may be due at other times than their batch.
         due = [i for i, state in enumerate(states) if state["step"] % group["update_interval"] == 0]
         if len(due) == len(states):
@@ -323,14 +321,17 @@ class FISMO(MatrixOptimizer):
             direction = direction * torch.where(norm > 0, ratio, 0)
         return direction
 
-    def _start(self, state: State, grad: Tensor, group: dict[str, Any]) -> None:
-        state["step"], state["failures"] = 0, 0
-        state["momentum_buffer"] = torch.zeros_like(grad)
-        for side, size in (("left", grad.shape[-2]), ("right", grad.shape[-1])):
+    def new_state(self, like: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = {"step": 0, "failures": 0, "momentum_buffer": torch.zeros_like(like)}
+        for side, size in (("left", like.shape[-2]), ("right", like.shape[-1])):
             if size <= group["max_factor_dim"]:
                 for what in ("factor", "root"):  # of the identity, every root is the identity
-                    eye = torch.eye(size, dtype=grad.dtype, device=grad.device)
-                    state[f"{side}_{what}"] = eye.expand(*grad.shape[:-2], size, size).clone()
+                    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+                    state[f"{side}_{what}"] = eye.expand(*like.shape[:-2], size, size).clone()
+        return state
+
+    def pass_over(self, state: State) -> None:
+        state["step"] += 1  # failures are counted by the owner alone, who raises
 
     def _refresh(self, grads: Tensor, states: Sequence[State], group: dict[str, Any]) -> None:
         """Update factors and roots; where that fails, keep the old ones and count."""
@@ -385,7 +386,8 @@ class FISMO(MatrixOptimizer):
     def condition_numbers(self) -> dict[str, dict[str, float]]:
         """Condition numbers of P ("left") and Q ("right") of each matrix; the largest one, where there are several.
 
-        Takes an eigenvalue decomposition each: for a look now and then.
+        Takes an eigenvalue decomposition each: for a look now and then. Under FSDP2 all ranks have to call it; under
+        ZeRO each has its own matrices.
         """
         names = {
             parameter: group["param_names"][i] if "param_names" in group else f"group {g}, parameter {i}"
@@ -409,6 +411,7 @@ def _condition_numbers(state: State) -> dict[str, float]:
     for key, factor in state.items():  # "left_factor", or "block0.left_factor" of a fused weight
         side, _, what = key.rpartition(".")[2].partition("_")
         if what == "factor":
+            factor = factor.full_tensor() if isinstance(factor, DTensor) else factor
             eigenvalues = torch.linalg.eigvalsh(factor)
             condition = (eigenvalues[..., -1] / eigenvalues[..., 0]).max().item()
             numbers[side] = max(condition, numbers.get(side, condition))

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from ..settings import BelowOne, NonNegative, Positive
 from .options import declared_options, require_option
+from .rounding import round_stochastically
 from .routing import FLATTENED, Route, route, routing_table
 from .zero import Layout as ZeroLayout
 from .zero import Matrix, read_layouts, stack, step_matrices, whole_shape
@@ -45,6 +46,8 @@ NOT_ALL_AT_ONCE = (
 State = MutableMapping[str, Any]
 Layout = Literal["sharded", "owner", "replicated"]
 ShapeScale = Literal["original", "match_rms_adamw"]
+MomentumDtype = Literal["float32", "bfloat16"]
+MOMENTUM_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # None: float64 for float64 parameters
 
 
 def shape_factor(shape_scale: ShapeScale | None, m: int, n: int) -> float:
@@ -64,8 +67,9 @@ class MatrixOptimizer(Optimizer):
     """Base of the matrix optimizers. A subclass gives [`direction`], and perhaps [`validate`], [`layout`], [`scale`].
 
     Groups carry `rule`, `"matrix"` or `"adamw"`, and hold all settings, so that schedulers and callbacks can change
-    them. The state of a parameter is created at its first step, in float32 (float64 for float64 parameters):
-    `momentum_buffer` for a matrix, `step`, `exp_avg` and `exp_avg_sq` for the rest, whatever a rule adds.
+    them. The state of a parameter is created at its first step, in float32 (float64 for float64 parameters; momentum
+    in bfloat16 where a rule has `momentum_dtype`): `momentum_buffer` for a matrix, `step`, `exp_avg` and `exp_avg_sq`
+    for the rest, whatever a rule adds.
 
     Args:
         params: A model, which is then routed (see [`trl_trust.optim.routing`]); or tensors, (name, tensor) pairs or
@@ -168,13 +172,25 @@ class MatrixOptimizer(Optimizer):
             updates: (k, ..., m, n), float32 or float64, m outputs and n inputs, k parameters: averaged gradients, or
                 the gradients themselves where `shared_momentum` is `False`. Must not be written to.
             states: k mappings, one a parameter (or block of one), where the rule may keep tensors and numbers of its
-                own; they are saved and loaded. Empty under the layouts `"sharded"` and `"owner"`.
+                own; they are saved and loaded. Empty for sharded matrices, save under the layout `"replicated"` and
+                where `shared_momentum` is `False`.
             group: Settings.
 
         Returns:
             (k, ..., m, n), a new tensor. The step is `parameter -= lr * scale * direction`.
         """
         raise NotImplementedError
+
+    def new_state(self, like: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with which the rule begins for a matrix (or stack of experts) like `like`, (..., m, n).
+
+        For rules without `shared_momentum`. Ranks share it: a tensor (..., a, b) is split along a and put together for
+        the owner of a matrix, whose `direction` writes into the tensors and may replace numbers, but adds nothing.
+        """
+        return {}
+
+    def pass_over(self, state: State) -> None:
+        """Count a step of a matrix that another rank has worked on, if the rule counts steps."""
 
     def validate(self, group: dict[str, Any]) -> None:
         """Raise `ValueError` if a setting of a matrix group is out of range. Called for every group that is added."""
@@ -183,8 +199,8 @@ class MatrixOptimizer(Optimizer):
         """How `direction` sees matrices that are sharded over ranks (DTensor).
 
         - `"sharded"`: DTensors; for rules made of elementwise operations and reductions.
-        - `"owner"`: an all-to-all gives each rank a share of the batch, whole; for rules without state of their own.
-        - `"replicated"`: every rank has every matrix, and does the same work; for rules with state of their own.
+        - `"owner"`: an all-to-all gives each rank a share of the batch, whole, and its state, see [`new_state`].
+        - `"replicated"`: every rank has every matrix and all state, and does the same work.
         """
         return "owner"
 
@@ -348,8 +364,12 @@ class MatrixOptimizer(Optimizer):
         if layout == "sharded" and group["split_sizes"]:
             layout = "replicated"  # blocks do not follow the shard borders
         whole, shards_of = _assemble(stacked, batch[0], layout)
-        stateful = batch if layout == "replicated" or whole is stacked else []
-        directions = shards_of(self._directions(whole, [self.state[p] for p in stateful], group))
+        if layout == "owner" and isinstance(batch[0], DTensor) and not self.shared_momentum:
+            directions = self._owner_directions(whole, batch, group)
+        else:
+            stateful = batch if layout == "replicated" or whole is stacked else []
+            directions = self._directions(whole, [self.state[p] for p in stateful], group)
+        directions = shards_of(directions)
         _apply(params, list(directions.unbind(0)), group["lr"], group["weight_decay"])
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -397,12 +417,65 @@ class MatrixOptimizer(Optimizer):
         """Exponential average with Nesterov look-ahead, elementwise and so on the shards: torch's Muon bit for bit."""
         buffers = []
         for p in batch:
-            state = self.state[p]
+            state, dtype = self.state[p], MOMENTUM_DTYPES[group.get("momentum_dtype", "float32")] or _state_dtype(p)
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            elif state["momentum_buffer"].dtype != dtype:  # of a checkpoint from before the setting was changed
+                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
             buffers.append(_local(state["momentum_buffer"]))
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        if buffers[0].dtype == torch.bfloat16:
+            kept, buffers = buffers, [b.to(g.dtype) for b, g in zip(buffers, grads, strict=True)]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            for stored, buffer, grad in zip(kept, buffers, grads, strict=True):
+                stored.copy_(round_stochastically(buffer.float(), grad.float()))
+        else:
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
+
+    def _owner_directions(self, whole: Tensor, batch: list[DTensor], group: dict[str, Any]) -> Tensor:
+        """[`_directions`] of this rank's share of a batch, with its state, of which every rank keeps a part."""
+        for p in batch:
+            self._start_shared(p, group)
+        tensors, shards_of = {}, {}  # (share of the batch, ..., a, b), and the way back
+        for key, example in self.state[batch[0]].items():
+            if isinstance(example, DTensor):
+                stacked = stack([_local(self.state[p][key]) for p in batch])
+                tensors[key], shards_of[key] = _assemble(stacked, example, "owner")
+        owned = _share(batch)
+        states = [
+            {key: tensors[key][i] if key in tensors else value for key, value in self.state[batch[index]].items()}
+            for i, index in enumerate(owned)
+        ]
+        directions = self._directions(whole, states, group)
+        for index, p in enumerate(batch):
+            if index in owned:
+                numbers = states[index - owned.start]
+                self.state[p].update((key, value) for key, value in numbers.items() if key not in tensors)
+            else:
+                for state in self._blocks(self.state[p], group):
+                    self.pass_over(state)
+        for key, value in tensors.items():
+            torch._foreach_copy_([_local(self.state[p][key]) for p in batch], list(shards_of[key](value).unbind(0)))
+        return directions
+
+    def _start_shared(self, p: DTensor, group: dict[str, Any]) -> None:
+        if self.state[p]:
+            return
+        like = torch.empty(p.shape, dtype=_state_dtype(p), device=_local(p).device)
+        like = like.mT if group["transposed"] else like
+        blocks = like.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (like,)
+        for block, state in zip(blocks, self._blocks(self.state[p], group), strict=True):
+            for key, value in self.new_state(block, group).items():
+                if isinstance(value, Tensor):
+                    value = distribute_tensor(value, p.device_mesh, _state_placements(p), src_data_rank=None)
+                state[key] = value
+
+    @staticmethod
+    def _blocks(state: State, group: dict[str, Any]) -> list[State]:
+        """The state of each block of a parameter: its own, if it is one."""
+        if not group["split_sizes"]:
+            return [state]
+        return [BlockState(state, f"block{index}.") for index in range(len(group["split_sizes"]))]
 
     def _directions(self, updates: Tensor, states: Sequence[State], group: dict[str, Any]) -> Tensor:
         """Orient, split, ask the rule, scale, and put back: (k, ..., rows, columns) as stored, before and after."""
@@ -583,6 +656,22 @@ def _stacked_placements(p: DTensor, layout: Layout) -> list[Placement]:
                 placement = Shard(0)
         placements.append(Replicate() if layout == "replicated" else placement)
     return placements
+
+
+def _state_placements(p: DTensor) -> list[Placement]:
+    """Placements of a state (..., a, b) that ranks share: with the experts of `p`, else along a."""
+    return [Shard(min(s.dim, p.ndim - 2)) if isinstance(s, Shard) else s for s in p.placements]
+
+
+def _share(batch: list[DTensor]) -> range:
+    """Which of a batch [`_assemble`] gives to this rank as their owner: all, if it only gives a part of each."""
+    mesh, indices = batch[0].device_mesh, range(len(batch))
+    for dim, placement in enumerate(_stacked_placements(batch[0], "owner")):
+        if placement == Shard(0):
+            size = -(-len(indices) // mesh.size(dim))
+            start = size * mesh.get_coordinate()[dim]
+            indices = indices[start : start + size]
+    return indices
 
 
 def _assemble(stacked: Tensor, p: Tensor, layout: Layout) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import BelowOne, NonNegative, Number, Positive, Range
-from .matrix import MatrixOptimizer, ShapeScale, State
+from .matrix import MatrixOptimizer, MomentumDtype, ShapeScale, State
 
 
 # Keller Jordan's quintic: steep at zero, it does not converge to 1 but into about [.7, 1.15].
@@ -142,6 +142,7 @@ class Muon(MatrixOptimizer):
         lr: Learning rate of the matrices.
         momentum: Weight of the past in the average of gradients, in [0, 1).
         nesterov: Look ahead by one more average.
+        momentum_dtype: How momentum is kept; `"bfloat16"` takes half the memory, see [`trl_trust.optim.rounding`].
         weight_decay: Decoupled, times `lr`.
         ns_steps: Newton-Schulz iterations, 0 to 99.
         ns_coefficients: Of the quintic.
@@ -159,6 +160,7 @@ class Muon(MatrixOptimizer):
         *,
         momentum: BelowOne = 0.95,
         nesterov: bool = True,
+        momentum_dtype: MomentumDtype = "float32",
         weight_decay: NonNegative = 0.0,
         ns_steps: NSSteps = 5,
         ns_coefficients: NSCoefficients = NS_COEFFICIENTS,
@@ -171,6 +173,7 @@ class Muon(MatrixOptimizer):
         defaults = {
             "momentum": momentum,
             "nesterov": nesterov,
+            "momentum_dtype": momentum_dtype,
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_dtype": ns_dtype,
