@@ -147,11 +147,20 @@ def compare(ours, theirs, rounds, device):
 
 
 def memory(shape=(1024, 1024)):
-    """Bytes of state per matrix element, for float32 and for bfloat16 parameters."""
+    """Bytes of state per matrix element, for float32 and for bfloat16 parameters, and per parameter of Qwen3-0.6B.
+
+    There each optimizer for matrices has AdamW's 8 bytes for the embedding, save torch's Muon, which takes none.
+    """
+    from gram import MODELS
+    from torchao.optim import AdamW8bit
+
     from trl_trust.optim import FISMO, AuON, HybridAuON, Muon
 
     table = {
         "adamw (torch)": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        "adamw 8-bit (torchao)": lambda p: AdamW8bit(p, lr=1e-3),
+        "auon, momentum in bf16": lambda p: AuON(p, lr=0.1, momentum_dtype="bfloat16"),
+        "muon, momentum in bf16": lambda p: Muon(p, lr=0.02, momentum_dtype="bfloat16"),
         "muon (torch)": lambda p: torch.optim.Muon(p, lr=0.02),
         "auon": lambda p: AuON(p, lr=0.1),
         "hybrid_auon": lambda p: HybridAuON(p, lr=0.02),
@@ -165,11 +174,35 @@ def memory(shape=(1024, 1024)):
             (p,) = parameters([shape], "cpu", dtype)
             optimizer = build([p])
             optimizer.step()
-            held = sum(
-                v.numel() * v.element_size() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)
-            )
-            result[name][str(dtype).removeprefix("torch.")] = round(held / p.numel(), 2)
+            result[name][str(dtype).removeprefix("torch.")] = round(held(optimizer.state[p]) / p.numel(), 2)
+        shapes, embedding = MODELS["qwen3-0.6b"], 151936 * 1024
+        matrices = sum(m * n * count for (m, n), count in shapes.items())
+        if name == "fismo":  # whose state goes by the sides
+            likes = {torch.empty(m, n, device="meta"): count for (m, n), count in shapes.items()}
+            group = optimizer.param_groups[0]
+            state = sum(held(optimizer.new_state(like, group)) * count for like, count in likes.items())
+        else:
+            state = matrices * result[name]["float32"]
+        whole = "adamw" in name
+        state += embedding * (result[name]["float32"] if whole else 8)
+        result[name]["qwen3-0.6b"] = (
+            None if "(torch)" in name and not whole else round(state / (matrices + embedding), 2)
+        )
     return result
+
+
+def held(state):
+    """Bytes of the tensors in a state; a quantized one is counted with its scales."""
+    found = 0
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            inner = (
+                [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+                if hasattr(value, "codes")
+                else [value]
+            )
+            found += sum(t.numel() * t.element_size() for t in inner)
+    return found
 
 
 def main():
