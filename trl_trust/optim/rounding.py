@@ -1,8 +1,8 @@
 """Momentum in bfloat16 that does not stand still: rounded up or down by chance, and right on average.
 
 An average that moves by less than half of its last bit (1/512 of itself) stays where it is under rounding to nearest.
-The chance is drawn from the bits of average and gradient, so that there is no generator to save, to resume or to keep equal
-between ranks: equal gradients give equal states, however the matrices are sharded.
+The chance is drawn from the bits of average and gradient, so that there is no generator to save, to resume or to keep
+equal between ranks: equal gradients give equal states, however the matrices are sharded.
 """
 
 import torch
