@@ -6,9 +6,9 @@
 
 Both stages go on from the quickstart's start, a Qwen2 of 0.09M parameters that has imitated a demonstrator with
 mistakes. SFT: 60 steps of 64 demonstrations without mistakes; the figure is the loss a token on held-out ones, lower
-is better. GRPO: stock, 40 generations of 512 completions in 4 mini-batches; the figure is the mean reward of the last 10,
-higher is better. AdamW's part of a matrix optimizer runs at the rate of the matrices under `match_rms_adamw`, and at
-AdamW's own good rate without it.
+is better. GRPO: stock, 40 generations of 512 completions in 4 mini-batches; the figure is the mean reward of the last
+10, higher is better. AdamW's part of a matrix optimizer runs at the rate of the matrices under `match_rms_adamw`, and
+at AdamW's own good rate without it.
 """
 
 import argparse
