@@ -45,6 +45,9 @@ METHODS = {
     "hybrid_auon:variant=repo": ((1e-2, 3e-2), {**AUX, "variant": "repo"}),
     "muon:momentum_dtype=bfloat16": ((1e-2,), {**AUX, "momentum_dtype": "bfloat16"}),
     "auon:momentum_dtype=bfloat16": ((3e-2,), {**AUX, "momentum_dtype": "bfloat16"}),
+    # what refreshing the factors every step, or every hundredth, changes
+    "fismo:update_interval=1": ((1e-2,), {**AUX, "update_interval": 1}),
+    "fismo:update_interval=100": ((1e-2,), {**AUX, "update_interval": 100}),
     "muon:match_rms_adamw": ((1e-3, 3e-3, 1e-2), {**AUX, "shape_scale": "match_rms_adamw"}),
 }
 FULL = {

@@ -19,6 +19,7 @@ float32 accumulation) the same under other names; `DeepSpeedZeroOptimizer_Stage3
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -47,7 +48,7 @@ class Piece:
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrix:
     """A parameter in pieces, in order, and the rank that gets it whole."""
 
@@ -62,7 +63,7 @@ class Matrix:
         return len(self.pieces) > 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
     """Matrices whose pieces travel together, a bounded number of elements to each rank."""
 
@@ -72,14 +73,12 @@ class Round:
 
     def gather(self, vector: Tensor) -> dict[Matrix, Tensor]:
         """Collect this rank's matrices, whole, from the ranks' `vector`s."""
-        sent = [[vector[p.at : p.at + p.length] for _, p in self._pieces(self.rank, owner)] for owner in self._ranks]
-        counts = [sum(p.length for _, p in self._pieces(rank, self.rank)) for rank in self._ranks]
-        received = self._exchange(sent, counts, vector)
+        sent = [[vector[p.at : p.at + p.length] for _, p in pieces] for pieces in self._held]
+        received = self._exchange(sent, [sum(p.length for _, p in pieces) for pieces in self._owned], vector)
         mine = [m for m in self.matrices if m.owner == self.rank]
         whole = {m: vector.new_empty(m.shape) for m in mine if m.moved}
-        for rank, part in zip(self._ranks, received, strict=True):
-            for m, p in self._pieces(rank, self.rank):
-                piece, part = part[: p.length], part[p.length :]
+        for pieces, part in zip(self._owned, received, strict=True):
+            for (m, p), piece in zip(pieces, part.split([p.length for _, p in pieces]), strict=True):
                 whole[m].view(-1)[p.start : p.start + p.length] = piece
         for m in mine:
             if not m.moved:
@@ -90,25 +89,34 @@ class Round:
     def scatter(self, whole: dict[Matrix, Tensor], vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the results to where their pieces lie: pairs of a slice of `vector` and what belongs there."""
         flat = {m: t.reshape(-1).to(vector.dtype) for m, t in whole.items()}
-        sent = [[flat[m][p.start : p.start + p.length] for m, p in self._pieces(r, self.rank)] for r in self._ranks]
-        counts = [sum(p.length for _, p in self._pieces(self.rank, owner)) for owner in self._ranks]
-        received = self._exchange(sent, counts, vector)
-        for owner, part in zip(self._ranks, received, strict=True):
-            for _, p in self._pieces(self.rank, owner):
-                piece, part = part[: p.length], part[p.length :]
+        sent = [[flat[m][p.start : p.start + p.length] for m, p in pieces] for pieces in self._owned]
+        received = self._exchange(sent, [sum(p.length for _, p in pieces) for pieces in self._held], vector)
+        for pieces, part in zip(self._held, received, strict=True):
+            for (_, p), piece in zip(pieces, part.split([p.length for _, p in pieces]), strict=True):
                 yield vector[p.at : p.at + p.length], piece
         for m in flat:
             if not m.moved:
                 (p,) = m.pieces
                 yield vector[p.at : p.at + p.length], flat[m]
 
-    @property
-    def _ranks(self) -> range:
-        return range(dist.get_world_size(self.process_group) if any(m.moved for m in self.matrices) else 0)
+    @cached_property
+    def _held(self) -> list[list[tuple[Matrix, Piece]]]:
+        """What lies on this rank and has to be moved, by owner; both ranks of an exchange have it in one order."""
+        return self._by_rank(lambda m, p: m.owner if p.rank == self.rank else None)
 
-    def _pieces(self, rank: int, owner: int) -> list[tuple[Matrix, Piece]]:
-        """What lies on `rank` and belongs to a matrix of `owner` that has to be moved; on both in one order."""
-        return [(m, p) for m in self.matrices if m.moved and m.owner == owner for p in m.pieces if p.rank == rank]
+    @cached_property
+    def _owned(self) -> list[list[tuple[Matrix, Piece]]]:
+        """What this rank has to be given, by the rank where it lies."""
+        return self._by_rank(lambda m, p: p.rank if m.owner == self.rank else None)
+
+    def _by_rank(self, other: Callable[[Matrix, Piece], int | None]) -> list[list[tuple[Matrix, Piece]]]:
+        moved = [m for m in self.matrices if m.moved]
+        found = [[] for _ in range(dist.get_world_size(self.process_group) if moved else 0)]
+        for m in moved:
+            for p in m.pieces:
+                if (rank := other(m, p)) is not None:
+                    found[rank].append((m, p))
+        return found
 
     def _exchange(self, sent: list[list[Tensor]], counts: list[int], like: Tensor) -> Sequence[Tensor]:
         """Send `sent[r]` to rank r; return what came from each, `counts[r]` elements. All ranks call it, or none."""
