@@ -159,7 +159,12 @@ def check_equal_to_one_process():
         poison = name == "guarded"
         expected, one = run_single(make, poison=poison)
         model, optimizer = shard(make)
-        train_sharded(model, optimizer, range(4), poison)
+        train_sharded(model, optimizer, (0, 1), poison)
+        if name == "fismo_split":  # as a checkpoint from before ranks shared it has it
+            for state in optimizer.state.values():
+                shared = {k: v for k, v in state.items() if k.startswith("block") and isinstance(v, DTensor)}
+                state.update((k, v.full_tensor()) for k, v in shared.items())
+        train_sharded(model, optimizer, (2, 3), poison)
         for (parameter, p), q in zip(model.named_parameters(), expected, strict=True):
             assert torch.allclose(p.detach().full_tensor(), q, rtol=1e-9, atol=1e-11), f"{name}, {parameter}"
         assert optimizer.skipped_steps == (1 if poison else 0)

@@ -459,16 +459,16 @@ class MatrixOptimizer(Optimizer):
         return directions
 
     def _start_shared(self, p: DTensor, group: dict[str, Any]) -> None:
-        if self.state[p]:
-            return
-        like = torch.empty(p.shape, dtype=_state_dtype(p), device=_local(p).device)
-        like = like.mT if group["transposed"] else like
-        blocks = like.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (like,)
-        for block, state in zip(blocks, self._blocks(self.state[p], group), strict=True):
-            for key, value in self.new_state(block, group).items():
-                if isinstance(value, Tensor):
-                    value = distribute_tensor(value, p.device_mesh, _state_placements(p), src_data_rank=None)
-                state[key] = value
+        state = self.state[p]
+        if not state:
+            like = torch.empty(p.shape, dtype=_state_dtype(p), device=_local(p).device)
+            like = like.mT if group["transposed"] else like
+            blocks = like.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (like,)
+            for block, own in zip(blocks, self._blocks(state, group), strict=True):
+                own.update(self.new_state(block, group))
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not isinstance(value, DTensor):  # whole: new, or of an old checkpoint
+                state[key] = distribute_tensor(value, p.device_mesh, _state_placements(p), src_data_rank=None)
 
     @staticmethod
     def _blocks(state: State, group: dict[str, Any]) -> list[State]:
@@ -485,7 +485,7 @@ class MatrixOptimizer(Optimizer):
         blocks = updates.split(group["split_sizes"], dim=-2) if group["split_sizes"] else (updates,)
         directions = []
         for index, block in enumerate(blocks):
-            own = [BlockState(s, f"block{index}.") for s in states] if group["split_sizes"] else states
+            own = [self._blocks(state, group)[index] for state in states]
             direction = self.direction(block, own, group)
             factor = self.scale(group, *block.shape[-2:])
             directions.append(direction if factor == 1.0 else direction * factor)
