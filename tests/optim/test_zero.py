@@ -1,7 +1,7 @@
 """In pieces as DeepSpeed's ZeRO cuts them, over three processes, every optimizer must do what it does in one.
 
 DeepSpeed itself is not needed: the stand-ins here have what `trl_trust.optim.zero` reads of its optimizers. The same
-with DeepSpeed, through a Trainer, is test_zero_launched.py.
+with DeepSpeed, through a Trainer, is test_optimizers_launched.py.
 """
 
 import math
