@@ -41,6 +41,8 @@ METHODS = {
     # "optimizer:what is different": is AuON's last place its rule, its rate or its auxiliary AdamW?
     "auon:aux_lr=1e-3": ((3e-2,), {"aux_lr": 1e-3}),
     "auon:aux_lr=1e-2": ((3e-2,), {"aux_lr": 1e-2}),
+    "auon:aux_lr=3e-2": ((3e-2,), {"aux_lr": 3e-2}),
+    "muon:aux_lr=1e-2": ((1e-2,), {"aux_lr": 1e-2}),
     "auon:match_rms_adamw": ((3e-4, 1e-3, 3e-3), {**AUX, "shape_scale": "match_rms_adamw"}),
     "hybrid_auon:variant=repo": ((1e-2, 3e-2), {**AUX, "variant": "repo"}),
     "muon:momentum_dtype=bfloat16": ((1e-2,), {**AUX, "momentum_dtype": "bfloat16"}),
