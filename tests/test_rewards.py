@@ -126,6 +126,9 @@ HOSTILE = {
     "great exponent": r"\boxed{2^{99999999999}}",
     "factorial in an exponent": r"\boxed{2^{999!}}",
     "factorials": r"\boxed{(9!)!}",
+    "factorial of a factorial in braces": r"\boxed{{9!} !}",
+    "factorial of a sum": r"\boxed{(9!+99)!}",
+    "great factorial": r"\boxed{9999999!}",
     "binomial": r"\boxed{\binom{1000000}{500000}}",
     "product": r"\boxed{\prod_{n=1}^{9999} n^n}",
     "expansion": r"\boxed{(a+b+c+d)^{99}}",
@@ -165,7 +168,7 @@ def test_no_text_takes_long(text, where):
         thread.start()
         thread.join()
     assert len(got) == 2 and not any(got)
-    assert max(took) < 0.5
+    assert max(took) < 1  # two limits of .15 s, and on a slow machine the operation in which one rings
 
 
 def test_a_limit_ends_work_and_only_that_work():
@@ -201,6 +204,7 @@ def test_a_limit_ends_work_and_only_that_work():
         (r"\boxed{((1+2)^2+3)^2}", "144"),
         (r"\boxed{10^{50}}", "1" + "0" * 50),
         (r"\boxed{7!}", "5040"),
+        (r"\boxed{\frac{10!}{(10-3)!}}", "720"),
         ("Let us see. " * 10_000 + "Hence the answer is 12.", "12"),
         (r"\boxed{5} " + "and so on. " * 10_000, "5"),
         (r"\boxed{[0, 1)}", "[0,1)"),

@@ -145,16 +145,22 @@ LONGEST = 1000  # characters of a final answer; of text without one, as many at 
 DEEPEST = 20  # brackets within brackets
 LARGEST = 10_000  # exponents, and all exponents of brackets multiplied
 _NUMBER = re.compile(r"\d+")
+_MIRROR = str.maketrans("()[]{}", ")(][}{")
 
 
 def _is_hostile(text: str) -> bool:
     """Whether to refuse `text` unread: no limit of time ends the one big multiplication that `9^{9^9}` asks for."""
-    depth = 0
+    depth, text = 0, text.replace("**", "^")
     for character in text:
         depth += (character in "{[(") - (character in ")]}")
         if depth > DEEPEST:
             return True
-    product, text = 1, text.replace("**", "^")
+    for match in re.finditer(r"\d{5}\s*!|[)}\]]\s*!", text):  # a factorial is one multiplication too
+        of = _group(text[match.start() :: -1].translate(_MIRROR), 0)[::-1] if match[0][0] in ")}]" else match[0]
+        size = math.prod(max(int(number[:9]), 1) for number in _NUMBER.findall(of))
+        if size > LARGEST or re.search(r"\d\s*[!^].", of):
+            return True
+    product = 1
     for match in re.finditer(r"(.?)\s*\^", text):
         exponent = _group(text, match.end())
         size = math.prod(max(int(number[:9]), 1) for number in _NUMBER.findall(exponent))
