@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from trl_trust.quickstart.model import build_model
 from trl_trust.quickstart.task import (
     ALPHABET,
     HELD_OUT,
@@ -41,7 +42,17 @@ def test_the_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
     assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     assert loaded(text)["input_ids"][-1] == 1
     assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == "7+6=13,4+8+1=13#133"
-    assert loaded("é")["input_ids"] == [2]
+    assert loaded("é")["input_ids"] == [2, 2]  # two bytes
+
+
+def test_it_is_the_same_after_loading_beside_a_model(tmp_path):
+    """AutoTokenizer goes by the model's kind there, and reads byte-level names alone."""
+    build_model(TOKENIZER, hidden_size=4).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = ALPHABET + "  tens wrong\n\n12 + 7<eos>"
+    assert loaded(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
 
 
 def test_the_chat_template_joins_messages_and_marks_what_the_assistant_says():

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from ..tasks.base import EOS, character_tokenizer
 from ..tasks.start import cache_folder
 from .dimensions import DIMENSIONS
 from .items import Item
@@ -26,7 +26,6 @@ from .suite import TrustSuite
 # what takes longest to learn is drawn most
 WEIGHTS = {"truthfulness": 2.0, "honesty": 2.0, "ethics": 2.0, "fairness": 0.7, "privacy": 0.7}
 WEIGHTS |= {"policy_adherence": 0.5, "over_refusal": 0.5}
-PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,21 +36,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a printable ASCII character; with a chat template that joins messages line by line."""
-    # byte-level names of the characters: what AutoTokenizer makes of a saved Qwen2 tokenizer reads no others
-    names = CHARACTERS.replace(" ", "\u0120").replace("\n", "\u010a")
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *names])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return character_tokenizer(CHARACTERS, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer, *, hidden_size: int = 64, layers: int = 3, heads: int = 4, seed: int = 0):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .sampling import sample
@@ -27,23 +27,35 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the character tokenizer: three special tokens (pad 0, end 1, unknown 2), then [`ALPHABET`] in order.
+def character_tokenizer(
+    characters: Sequence[str], *, eos_token: str = EOS, unk_token: str | None = UNK, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a character: pad, end and unknown (if any), then `characters` (ASCII) in order.
 
     It saves and loads like any other, decodes to exactly the text it encoded, and pads on the left.
     """
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *ALPHABET])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))  # BPE without merges: characters
-    tokenizer.decoder = decoders.Fuse()
+    special = [token for token in (PAD, eos_token, unk_token) if token is not None]
+    # Blank, tab and line break go by their byte-level names. AutoTokenizer (transformers 5.23) makes a Qwen2Tokenizer of
+    # whatever was saved beside a Qwen2 model, and that one knows no others: it would lose all three in silence.
+    named = {" ": "\u0120", "\t": "\u0109", "\n": "\u010a"}
+    vocabulary = {token: i for i, token in enumerate([*special, *(named.get(c, c) for c in characters)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))  # no merges: characters
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
+        eos_token=eos_token,
+        unk_token=unk_token,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the tasks: [`character_tokenizer`] of [`ALPHABET`]."""
+    return character_tokenizer(ALPHABET, chat_template=_CHAT_TEMPLATE)
 
 
 def completion_text(completion) -> str:

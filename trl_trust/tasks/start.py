@@ -152,7 +152,8 @@ def cached_start(task: Task | str, seed: int, **options) -> Path:
         options: See [`build_start`].
     """
     task = get_task(task) if isinstance(task, str) else task
-    parts = {"task": task.name, **task.start, **options}
+    tokenizer = task.build_tokenizer().backend_tokenizer.to_str()  # what is saved with the model, so part of the key
+    parts = {"task": task.name, "tokenizer": tokenizer, **task.start, **options}
     versions = {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.blake2b(json.dumps([parts, versions], sort_keys=True).encode(), digest_size=6).hexdigest()
     folder = cache_folder() / "starts" / f"{task.name}-{key}" / str(seed)

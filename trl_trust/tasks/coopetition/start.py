@@ -13,7 +13,7 @@ from .environment import CoopetitionEnv, coopetition_dataset
 from .game import LARGEST, Game
 
 
-PAD, EOS = "<pad>", "<|im_end|>"
+EOS = "<|im_end|>"
 
 
 def _conversation(env: CoopetitionEnv, amounts, prompt: str) -> list[dict]:
@@ -32,22 +32,13 @@ def build_tokenizer(game: Game | None = None):
     Args:
         game: whose rules and rounds make up the prompt; other games cost more tokens, but nothing else.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken
     from trl.chat_template_utils import qwen3_chat_template
 
+    from ..base import character_tokenizer
+
     characters = [*map(chr, range(32, 127)), "\n", "\t"]
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
-    plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    plain.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token=PAD,
-        eos_token=EOS,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=qwen3_chat_template,
-    )
+    tokenizer = character_tokenizer(characters, eos_token=EOS, unk_token=None, chat_template=qwen3_chat_template)
     env = CoopetitionEnv(Game() if game is None else game)
     prompt = coopetition_dataset(1)[0]["prompt"][0]["content"]
     text = tokenizer.apply_chat_template(
