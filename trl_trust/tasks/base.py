@@ -35,8 +35,8 @@ def character_tokenizer(
     It saves and loads like any other, decodes to exactly the text it encoded, and pads on the left.
     """
     special = [token for token in (PAD, eos_token, unk_token) if token is not None]
-    # Blank, tab and line break go by their byte-level names. AutoTokenizer (transformers 5.23) makes a Qwen2Tokenizer of
-    # whatever was saved beside a Qwen2 model, and that one knows no others: it would lose all three in silence.
+    # Blank, tab and line break go by their byte-level names. AutoTokenizer (transformers 5.23) makes a Qwen2Tokenizer
+    # of whatever was saved beside a Qwen2 model, and that one knows no others: it would lose all three in silence.
     named = {" ": "\u0120", "\t": "\u0109", "\n": "\u010a"}
     vocabulary = {token: i for i, token in enumerate([*special, *(named.get(c, c) for c in characters)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))  # no merges: characters
