@@ -198,7 +198,8 @@ class MatrixOptimizer(Optimizer):
     def layout(self, group: dict[str, Any]) -> Layout:
         """How `direction` sees matrices that are sharded over ranks (DTensor).
 
-        - `"sharded"`: DTensors; for rules made of elementwise operations and reductions.
+        - `"sharded"`: DTensors; for rules made of elementwise operations and reductions. Under ZeRO stage 3 they are
+          flattened, (k, 1, m n).
         - `"owner"`: an all-to-all gives each rank a share of the batch, whole, and its state, see [`new_state`].
         - `"replicated"`: every rank has every matrix and all state, and does the same work.
         """
@@ -404,12 +405,17 @@ class MatrixOptimizer(Optimizer):
             return
         grad = _local_gradient(vector)
         update = self._average([vector], [grad], group)[0] if self.shared_momentum else grad
-        state = self.state[vector]
+        state, limit = self.state[vector], _batch_limit(vector)
+        if layout.chunked and self.layout(group) == "sharded" and not group["split_sizes"]:
+            for shape, slots, stacked in layout.shards(update, limit):
+                m, n = shape[-2:][:: -1 if group["transposed"] else 1]
+                directions = self.direction(stacked, [], group).to_local().squeeze(1) * self.scale(group, m, n)
+                _apply([vector[s] for s in slots], list(directions.unbind(0)), group["lr"], group["weight_decay"])
+            return
 
         def work(matrices: list[Matrix], stacked: Tensor) -> Tensor:
             return self._directions(stacked, [BlockState(state, f"{m.name}:") for m in matrices], group)
 
-        limit = _batch_limit(vector)
         for slots, directions in step_matrices(layout, update, limit, work, target=vector):
             _apply(slots, directions, group["lr"], group["weight_decay"])
 

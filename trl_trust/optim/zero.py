@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -137,12 +139,37 @@ class Layout:
         matrices: `(name, shape, pieces)` of each.
         rank: This rank within the process group.
         process_group: The ranks that share the group.
+        chunked: Each is a matrix, not a stack of experts, and cut as `torch.chunk` cuts its elements, which is how a
+            DTensor is sharded (stage 3).
     """
 
     matrices: Sequence[tuple[str, torch.Size, tuple[Piece, ...]]]
     rank: int
     process_group: Any
+    chunked: bool = False
     _rounds: dict[int, list[Round]] = field(default_factory=dict)
+
+    def shards(self, vector: Tensor, limit: int) -> Iterator[tuple[torch.Size, list[slice], DTensor]]:
+        """Matrices of one shape as they lie, flattened: for rules that need no more of them than a few sums.
+
+        Yields:
+            The shape, where in the vector this rank's parts lie, and the stack (k, 1, numel), sharded along the last
+            dimension, at most `limit` elements of it here.
+        """
+        mesh = DeviceMesh.from_group(self.process_group, vector.device.type)
+        by_shape: dict[torch.Size, list[slice]] = {}
+        for _, shape, pieces in self.matrices:
+            at, length = next(((p.at, p.length) for p in pieces if p.rank == self.rank), (0, 0))
+            by_shape.setdefault(shape, []).append(slice(at, at + length))
+        for shape, slots in by_shape.items():
+            numel = shape.numel()
+            size = max(1, limit // -(-numel // mesh.size()))
+            for start in range(0, len(slots), size):
+                some = slots[start : start + size]
+                local = stack([vector[slot] for slot in some]).unsqueeze(1)  # (k, 1, part)
+                whole = torch.Size((len(some), 1, numel))
+                options = dict(run_check=False, shape=whole, stride=(numel, numel, 1))
+                yield shape, some, DTensor.from_local(local, mesh, [Shard(2)], **options)
 
     def rounds(self, limit: int) -> list[Round]:
         """The matrices in rounds of at most `limit` elements a rank; one of more than that has a round of its own."""
@@ -253,7 +280,8 @@ def _by_parameter(parameters: Sequence[Any], names: dict) -> Layout:
         pieces = tuple(Piece(rank, start, at, min(size, numel - start)) for rank, start in enumerate(starts))
         matrices.append((names[id(parameter)], whole_shape(parameter), pieces))
         at += size
-    return Layout(matrices, dist.get_rank(process_group), process_group)
+    chunked = all(len(shape) == 2 for _, shape, _ in matrices)
+    return Layout(matrices, dist.get_rank(process_group), process_group, chunked)
 
 
 OFFLOADED = (
