@@ -1,0 +1,23 @@
+"""Geometry: verified problems with exact answers and proofs (after TrustGeoGen, arXiv 2504.15780).
+
+The names load their module when they are first used, so that facts, closure and checker need no torch.
+"""
+
+from importlib import import_module
+
+
+_HOMES = {
+    "facts": ("Fact", "Root", "parse_fact"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return __all__
