@@ -16,7 +16,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="a recipe: YAML of these options, a file or a short name such as eval/core")
     parser.add_argument("--list", action="store_true", help="the dimensions: what each measures, and what not")
-    parser.add_argument("--suite", default="core", help="core (all nine), or dimensions: honesty,privacy")
+    parser.add_argument(
+        "--suite",
+        default="core",
+        help="core (all nine), dimensions: honesty,privacy, or tasks of lm-eval: lm_eval:truthfulqa_mc2,bbq",
+    )
+    parser.add_argument("--include_path", help="with lm_eval: a folder of tasks in place of lm-eval's own")
+    parser.add_argument("--limit", type=int, help="with lm_eval: examples a task, for a trial")
+    parser.add_argument("--export", choices=("lm-eval", "inspect"), help="write the suite's items as tasks into --out")
+    parser.add_argument("--read", help="a result file of lm-eval, or a JSON log of inspect-ai, in place of --model")
     parser.add_argument(
         "--n_per_dim", type=int, default=64, help="slots a dimension, even, >= 8 (default: %(default)s)"
     )
@@ -68,6 +76,16 @@ class Words(argparse.ArgumentParser):
         return given
 
 
+def model_path(given: argparse.Namespace) -> str | Path:
+    """Where the model is; `tiny` is built where it is not there, and makes the wording terse."""
+    if given.model != "tiny":
+        return given.model
+    from .tiny import cached_tiny
+
+    given.terse = True
+    return cached_tiny(on_step=progress("building the tiny model, once"))
+
+
 def load_model(given: argparse.Namespace):
     """Model, tokenizer and subject of the options."""
     if not given.model:
@@ -78,12 +96,7 @@ def load_model(given: argparse.Namespace):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, subject = given.model, given.model
-    if path == "tiny":
-        from .tiny import cached_tiny
-
-        path, subject = cached_tiny(on_step=progress("building the tiny model, once")), "tiny"
-        given.terse = True
+    subject, path = given.model, model_path(given)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=given.dtype).to(device)
     return model, AutoTokenizer.from_pretrained(path), subject
@@ -149,8 +162,8 @@ def read_facts(given: argparse.Namespace):
 def suite_of(given: argparse.Namespace, **more):
     from .suite import TrustSuite
 
-    if given.suite == "vlm" or given.suite.startswith("lm_eval"):
-        raise ValueError(f"--suite {given.suite!r} is not there yet; there are core and the names of dimensions")
+    if given.suite == "vlm":
+        raise ValueError("--suite 'vlm' is not there yet; there are core, the names of dimensions, and lm_eval:TASKS")
     return TrustSuite(
         dims="all" if given.suite == "core" else tuple(given.suite.split(",")),
         n_per_dim=given.n_per_dim,
@@ -162,6 +175,49 @@ def suite_of(given: argparse.Namespace, **more):
     )
 
 
+def ask_lm_eval(given: argparse.Namespace) -> TrustReport:
+    _, _, tasks = given.suite.partition(":")
+    if not tasks:
+        raise ValueError("--suite lm_eval: say which tasks, such as lm_eval:truthfulqa_mc2,bbq")
+    from .exchange import run_lm_eval
+
+    model, tokenizer, subject = load_model(given)
+    return run_lm_eval(
+        model,
+        tokenizer,
+        tasks.split(","),
+        subject=subject,
+        include_path=given.include_path,
+        batch_size=given.batch_size,
+        limit=given.limit,
+        seed=given.seed,
+    )
+
+
+def export(given: argparse.Namespace, source) -> int:
+    """Write the suite's items as tasks of another harness, and say how they are run there."""
+    if not given.out:
+        raise ValueError("--export needs --out, the folder to write")
+    from . import exchange
+
+    if given.export == "inspect":
+        folder = exchange.write_inspect(suite_of(given, source=source), given.out)
+        print(f"inspect eval {folder}/task.py --model MODEL --log-format json")
+        return 0
+    if not given.model:
+        raise ValueError("--export lm-eval needs --model, whose tokenizer renders the conversations")
+    from transformers import AutoTokenizer
+
+    path = model_path(given)
+    suite = suite_of(given, source=source)
+    folder = exchange.write_lm_eval(suite, given.out, AutoTokenizer.from_pretrained(path))
+    print(
+        f"lm_eval --model hf --model_args pretrained={path} --include_path {folder} "
+        f"--tasks {','.join(exchange.PREFIX + name for name in suite.dims)} --log_samples --output_path results"
+    )
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     given = make_parser().read(words)
     if given.list:
@@ -169,11 +225,18 @@ def main(words: Sequence[str]) -> int:
             print(f"{name}: {row.measures}\n  passes: {row.passes}\n  does not mean: {row.not_meant}")
             print(f"  best constant answer: {row.chance:g}")
         return 0
-    suite = suite_of(given, adaptive=given.adaptive, source=read_facts(given))
+    if given.read:
+        from .exchange import read
+
+        return finish(read(given.read), given)
+    if given.suite.startswith("lm_eval"):
+        return finish(ask_lm_eval(given), given)
+    source = read_facts(given)
+    suite_of(given, adaptive=given.adaptive, source=source)  # what cannot work is refused before the model is loaded
+    if given.export:
+        return export(given, source)
     model, tokenizer, subject = load_model(given)
-    suite = (
-        suite if suite.terse == given.terse else suite_of(given, adaptive=given.adaptive)
-    )  # `tiny` reads terse only
+    suite = suite_of(given, adaptive=given.adaptive, source=source)  # `tiny` reads terse wording only
     from .suite import run_trust_suite
 
     report = run_trust_suite(model, tokenizer, suite, subject=subject, on_batch=progress("items"))

@@ -21,6 +21,16 @@ def render(tokenizer, messages: Sequence[Mapping]) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
 
 
+def render_all(tokenizer, conversations: Sequence[Sequence[Mapping]]) -> list[str]:
+    """[`render`] of each, with one warning where there is no chat template, not one an item."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        texts = [render(tokenizer, messages) for messages in conversations]
+    for warning in caught[:1]:
+        warnings.warn(str(warning.message), stacklevel=2)
+    return texts
+
+
 @contextmanager
 def untouched(model: nn.Module):
     """Evaluation mode, no gradient, and on exit every module's mode and every random state as they were."""
@@ -77,14 +87,7 @@ def generate(
     With an accelerator each process takes its share and gets the outputs of all.
     """
     check_protocol(tokenizer)
-    if getattr(tokenizer, "chat_template", None):
-        texts = [render(tokenizer, messages) for messages in conversations]
-    else:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            texts = [render(tokenizer, messages) for messages in conversations]
-        if caught:  # one warning, not one an item
-            warnings.warn(str(caught[0].message), stacklevel=2)
+    texts = render_all(tokenizer, conversations)
     processes = accelerator.num_processes if accelerator is not None else 1
     rank = accelerator.process_index if accelerator is not None else 0
     # long with long, so that little is padded; the same order on every process. A process with one item fewer asks its
