@@ -7,7 +7,11 @@ from importlib import import_module
 
 
 _HOMES = {
+    "check": ("verify_proof", "verify_row"),
+    "closure": ("Closure", "Diagram"),
     "facts": ("Fact", "Root", "parse_fact"),
+    "problems": ("Problem", "pose"),
+    "scene": ("Scene", "draw"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -4,17 +4,21 @@ from collections.abc import Hashable, Mapping
 from fractions import Fraction
 
 
-Row = dict[Hashable, Fraction]
+Row = dict[Hashable, int | Fraction]  # whole numbers as int, which is many times faster
 
 
-def add(into: dict, row: Mapping, factor: Fraction) -> None:
+def neat(number: int | Fraction) -> int | Fraction:
+    return number.numerator if number.denominator == 1 else number
+
+
+def add(into: dict, row: Mapping, factor: int | Fraction) -> None:
     """`into += factor * row`, without zeros."""
     for key, number in row.items():
         total = into.get(key, 0) + factor * number
-        if total:
-            into[key] = total
-        else:
+        if not total:
             into.pop(key, None)
+        else:
+            into[key] = total if type(total) is int else neat(total)
 
 
 class LinearSystem:
@@ -28,23 +32,29 @@ class LinearSystem:
         self.rows: dict[Hashable, Row] = {}  # by the unknown that the row is solved for
         self.origins: dict[Hashable, Row] = {}  # the same row as a sum of the equations that were put in
 
-    def reduce(self, row: Mapping[Hashable, Fraction]) -> tuple[Row, Row]:
+    def reduce(self, row: Row) -> tuple[Row, Row]:
         """What is left of `row` once every unknown that is known is replaced, and the equations that did it.
 
         Returns:
             The remainder, empty if the equation follows, of constants alone if its value is determined; and numbers
             by equation, so that `row - remainder` is the sum of the equations times these numbers.
         """
-        left: Row = {key: Fraction(number) for key, number in row.items() if number}
-        used: Row = {}
-        for key in [key for key in left if key in self.rows]:
-            number = left.get(key)
-            if number:
-                add(left, self.rows[key], -number)
-                add(used, self.origins[key], number)
+        known = [(key, row[key]) for key in row if key in self.rows]  # in echelon form none brings another in
+        left, used = dict(row), {}
+        for key, number in known:
+            add(left, self.rows[key], -number)
+            add(used, self.origins[key], number)
         return left, used
 
-    def insert(self, row: Mapping[Hashable, Fraction], name: Hashable) -> bool:
+    def rest(self, row: Row) -> Row:
+        """The remainder alone."""
+        left = dict(row)
+        for key, number in row.items():
+            if key in self.rows:
+                add(left, self.rows[key], -number)
+        return left
+
+    def insert(self, row: Row, name: Hashable) -> bool:
         """Put the equation in under `name`; whether it said something new.
 
         Raises:
@@ -56,10 +66,11 @@ class LinearSystem:
             if left:
                 raise ValueError(f"{name} contradicts {sorted(map(str, used))}")
             return False
-        scale = 1 / left[unknown]
-        solved = {key: number * scale for key, number in left.items()}
-        origin = {key: -number * scale for key, number in used.items()}
-        add(origin, {name: Fraction(1)}, scale)
+        scale = neat(1 / Fraction(left[unknown]))
+        solved, origin = {}, {}
+        add(solved, left, scale)
+        add(origin, used, -scale)
+        add(origin, {name: 1}, scale)
         for key, other in self.rows.items():
             number = other.get(unknown)
             if number:
