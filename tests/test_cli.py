@@ -386,7 +386,9 @@ def test_what_ends_the_command_ends_the_training(recipe, tmp_path, launcher, end
         "    return [float(i) for i in range(len(completions))]\n"
     )
     words = [program, "dispo", *launcher, "--config", path]
-    command = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background has it ignored
+    pipe = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = subprocess.Popen(words, **pipe, preexec_fn=as_in_a_terminal)
     try:
         wait_for(lambda: (tmp_path / "out" / "trainer_state.json").exists() or command.poll() is not None)
         trained = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("pid*")]
