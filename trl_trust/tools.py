@@ -68,6 +68,16 @@ TOOLS: tuple[Tool, ...] = (
         recipes="coopetition",
     ),
     Tool(
+        name="geometry",
+        title="Geometry",
+        module="trl_trust.tasks.geometry.command",
+        paper="2504.15780",
+        grade="inspired",
+        summary="Plane geometry by seed: proved answers, exact and step rewards, an independent checker",
+        commands=("geometry build", "geometry verify", "geometry show", "geometry eval"),
+        recipes="geometry",
+    ),
+    Tool(
         name="unlearn-eval",
         title="Unlearning report",
         module="trl_trust.unlearn.report",

@@ -7,10 +7,14 @@ from importlib import import_module
 
 
 _HOMES = {
+    "answer": ("parse_answer",),
     "check": ("verify_proof", "verify_row"),
+    "claims": ("claims",),
     "closure": ("Closure", "Diagram"),
+    "data": ("geometry_dataset",),
     "facts": ("Fact", "Root", "parse_fact"),
     "problems": ("Problem", "pose"),
+    "rewards": ("geometry_reward", "geometry_step_reward", "step_reward"),
     "scene": ("Scene", "draw"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -5,6 +5,7 @@ its own statement of each rule, so that a mistake in the engine would have to be
 there: they say on which side a point lies, and the multiple of 180 degrees in an equation of directions.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -29,7 +30,8 @@ def verify_row(row: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first thing that is wrong.
     """
-    points = {name: (float(place[0]), float(place[1])) for name, place in row["points"].items() if place is not None}
+    row = {**row, **{key: json.loads(row[key]) for key in ("points", "solutions") if isinstance(row[key], str)}}
+    points = {name: (float(x), float(y)) for name, (x, y) in row["points"].items()}
     premises = [parse_fact(text) for text in row["premises"]]
     goal = parse_fact(f"{row['goal']} = {row['answer']}")
     for fact in (*premises, goal):

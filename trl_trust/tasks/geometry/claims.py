@@ -105,7 +105,7 @@ def _equal(one: str, two: str):
         return _NOTHING
     if kinds[1] == "number":
         number = parse_answer(two)
-        if number is None:
+        if number is None or number.decimal:  # a rounded value is neither true nor false
             return _NOTHING
         if kinds[0] == "sum":
             return _fact("supangle", points[0]) if number.sign == 1 and number.size.square == 180**2 else _NOTHING
