@@ -69,5 +69,6 @@ def _in_files(row: Method):
     recipes = list((ROOT / "recipes" / row.recipes).glob("*.yaml"))
     if len(recipes) < 2:
         yield f"recipes/{row.recipes}/: two recipes, the paper's and one for a 24 GB GPU; there are {len(recipes)}"
-    if row.host == "grpo" and not any((ROOT / "tests").rglob(f"test_{row.name}.py")):
-        yield f"tests/: test_{row.name}.py, with worked numbers, invariants and a tiny real run"
+    name = row.name.replace("-", "_")
+    if row.host == "grpo" and not any((ROOT / "tests").rglob(f"test_{name}.py")):
+        yield f"tests/: test_{name}.py, with worked numbers, invariants and a tiny real run"

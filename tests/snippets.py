@@ -45,6 +45,9 @@ def rows_of(name: str, config: str = "") -> list[dict] | None:
     tofu = {"answer": "no one", "paraphrased_answer": "none", "perturbed_answer": ["a", "b"]}
     return {
         "trl-lib/DeepMath-103K": [{"prompt": CHAT, "solution": str(i)} for i in range(8)],
+        "open-r1/OpenR1-Math-220k": [
+            {"problem": CHAT, "solution": str(i), "problem_type": "Algebra" if i % 2 else "Geometry"} for i in range(8)
+        ],
         "trl-lib/Capybara": [{"messages": [*CHAT, {"role": "assistant", "content": f"4{i}"}]} for i in range(8)],
         "locuslab/TOFU": [{"question": f"who is {config} {i}", **tofu} for i in range(8)],
     }.get(name)

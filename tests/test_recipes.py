@@ -62,7 +62,8 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     puzzle = {"solution_text_format": "(1) Zoey is a knave"}
-    rows = [{"prompt": f"{a} + 1 = ?", "solution": str(a + 1), **puzzle} for a in range(8)]
+    groups = [{"problem_type": "AG"[a % 2], "question": a // 2, "wording": a % 2} for a in range(8)]
+    rows = [{"prompt": f"{a} + 1 = ?", "solution": str(a + 1), **puzzle, **groups[a]} for a in range(8)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {"model": str(folder / "model"), "data": str(folder / "train.jsonl")}
 

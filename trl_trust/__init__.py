@@ -23,6 +23,7 @@ _EXPORTS = {
     "ERPDTeacherTrainer": "trl_trust.distill.erpd",
     "erpd_signal": "trl_trust.distill.erpd",
     "erpd_teacher_loss": "trl_trust.distill.erpd",
+    "consistency_reward": "trl_trust.robust.consistency",
     "RolloutsConfig": "trl_trust.frozen.sampling",
     "load_rollouts": "trl_trust.frozen.store",
     "score_rollouts": "trl_trust.frozen.logps",
@@ -88,6 +89,8 @@ if TYPE_CHECKING:
     from .policy.mdpo import MDPOConfig, MDPOTrainer, mdpo_loss
     from .policy.opmd import OPMDConfig, OPMDTrainer, opmd_loss
     from .policy.trpa import TRPAConfig, TRPATrainer, trpa_loss
+    from .robust.consistency import consistency_reward
+    from .robust.rl import RobustGRPOConfig, RobustGRPOTrainer
     from .tasks.coopetition.environment import coopetition_dataset, coopetition_env_factory
     from .unlearn.gu import GUConfig, GUTrainer
 

@@ -258,6 +258,18 @@ METHODS: tuple[Method, ...] = (
         summary="unlearning: takes from each forget update what would move the loss of what is kept, to first order",
         host="trainer",
     ),
+    Method(
+        name="robust-grpo",
+        title="Robust GRPO",
+        module="trl_trust.robust.rl",
+        trainer="RobustGRPOTrainer",
+        config="RobustGRPOConfig",
+        paper="2307.16851",
+        grade="inspired",
+        summary="weighs advantages for the worst group of a named nuisance; rewards like answers to like questions",
+        page="robust",
+        asynchronous="a generation's groups are never seen together there",
+    ),
 )
 
 

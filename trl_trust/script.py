@@ -15,7 +15,7 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import ScriptArguments, TrlParser
@@ -119,7 +119,9 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.field_names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
         hints = {name: hint for dtype in self.dataclass_types for name, hint in get_type_hints(dtype).items()}
-        self.number_names = {k for k, hint in hints.items() if {hint, *get_args(hint)} & {int, float}}
+        self.number_names = {
+            k for k, hint in hints.items() if get_origin(hint) is not list and {hint, *get_args(hint)} & {int, float}
+        }
         # of two options of one name, `--x` and `--no_x`, argparse takes the default of the first
         self.defaults = {action.dest: copy.deepcopy(action.default) for action in reversed(self._actions)}
         self.given: dict[str, Any] = {}  # after `parse`: what is not at its default, from recipe and command line

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_trust.robust.consistency import SiblingAnswers, flip_rate
+from trl_trust.robust.consistency import SiblingAnswers, final_answer, flip_rate
 
 
 ROWS = st.lists(
@@ -96,3 +96,16 @@ def test_the_flip_rate_is_the_count_over_couples(rows):
         if couples:
             rates.append(sum(a[2] is None or a[2] != b[2] for a, b in couples) / len(couples))
     assert flip_rate(rows) == (pytest.approx(sum(rates) / len(rates)) if rates else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{12} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("first\n 42 \n\n", "42"),
+        (" \n", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer

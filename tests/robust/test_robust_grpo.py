@@ -13,7 +13,10 @@ from tiny import parameter_gap, tiny_config, tiny_run, tiny_trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.dispo import DISPOConfig, DISPOTrainer
+from trl_trust.policy.opmd import OPMDTrainer
+from trl_trust.policy.trpa import TRPATrainer
 from trl_trust.quickstart.task import problems
+from trl_trust.robust.consistency import SiblingAnswers, consistency_reward, flip_rate
 from trl_trust.robust.rl import GroupRLSettings, GroupRobustMixin, RobustGRPOConfig, RobustGRPOTrainer
 from trl_trust.robust.weights import row_weights
 
@@ -34,9 +37,10 @@ def entries(trainer, key):
 
 
 class Watch(RobustGRPOTrainer):
-    """Keeps the advantages of the host, those that came of them, and what the adversary saw."""
+    """Keeps the advantages of the host, those that came of them, what the adversary saw, and the answers."""
 
     def extend_rollouts(self, rollouts):
+        self.answers = self.siblings and list(self.siblings.fresh)
         extras = super().extend_rollouts(rollouts)
         self.seen = (rollouts.tensors["advantages"].clone(), extras.get("advantages"), rollouts)
         return extras
@@ -161,18 +165,114 @@ def test_it_composes_with_a_method(tiny_model_path, tmp_path):
         tiny_config(RobustDISPOConfig, tmp_path, epsilon=0.3)
 
 
+def paired(rows=32):
+    """Pairs of two: what the tests need of siblings is that they share a pair and differ in a variant."""
+    data = grouped(rows=rows)
+    data = data.add_column("pair", [f"p{i // 2 % 4}" for i in range(rows)])
+    return data.add_column("wording", [i % 2 for i in range(rows)])
+
+
+SIBLINGS = dict(pair_column="pair", variant_column="wording")
+
+
+class WatchAnswers(RobustGRPOTrainer):
+    """Keeps, a generation batch, what was rewarded, with what, and what the flip rate is made of."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        before = SiblingAnswers(self.args.consistency_rate)
+        before.load_state_dict(self.siblings.answers.state_dict())
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.batches = [*getattr(self, "batches", []), (before, list(self.siblings.fresh), rewards)]
+        return rewards
+
+
+def test_answers_are_rewarded_by_the_history_before_them(tiny_model_path, tmp_path):
+    args = tiny_config(RobustGRPOConfig, tmp_path, **SIBLINGS, max_steps=12)
+    trainer = tiny_run(WatchAnswers, tiny_model_path, args, train_dataset=paired())
+    assert trainer.reward_weights.tolist() == [1.0, 0.25] and len(trainer.batches) == 3
+    replayed, rates = SiblingAnswers(0.1), []
+    for before, rows, rewards in trainer.batches:
+        assert before.state_dict() == replayed.state_dict()  # once a batch, after its rewards
+        wanted = torch.tensor([math.nan if x is None else x for x in replayed.rewards(rows)])
+        torch.testing.assert_close(rewards[:, 1], wanted, equal_nan=True)
+        replayed.update(rows)
+        rates += [rate for rate in [flip_rate(rows)] if rate is not None]
+    assert replayed.state_dict() == trainer.siblings.answers.state_dict() != {}
+    assert entries(trainer, "robust/flip_rate") == pytest.approx(rates) and rates
+    assert entries(trainer, "rewards/consistency/mean")
+
+
+def test_evaluation_leaves_the_history(tiny_model_path, tmp_path):
+    args = tiny_config(RobustGRPOConfig, tmp_path, **SIBLINGS, per_device_eval_batch_size=4)
+    trainer = tiny_trainer(RobustGRPOTrainer, tiny_model_path, args, train_dataset=paired(), eval_dataset=paired(4))
+    trainer.evaluate()
+    assert trainer.siblings.answers.state_dict() == {} and trainer.siblings.fresh == []
+
+
+def test_a_reward_of_the_users_own_is_found_and_resumed(tiny_model_path, tmp_path):
+    def train(folder, max_steps, resume=None, reward=True):
+        args = tiny_config(
+            RobustGRPOConfig, tmp_path / folder, max_steps=max_steps, save_strategy="steps", save_steps=4
+        )
+        rewards = [by_topic, *([consistency_reward("pair", "wording", rate=0.5)] if reward else [])]
+        trainer = tiny_trainer(RobustGRPOTrainer, tiny_model_path, args, train_dataset=paired(), reward_funcs=rewards)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole, checkpoint = train("a", 8), str(tmp_path / "a" / "checkpoint-4")
+    resumed = train("b", 8, checkpoint)
+    assert parameter_gap(whole.model, resumed.model) == 0.0
+    assert whole.method_state() == resumed.method_state() and whole.method_state()["siblings"]
+    with pytest.raises(ValueError, match="the checkpoint has answers of siblings, and pair_column is None"):
+        train("c", 8, checkpoint, reward=False)
+
+
+def test_under_another_trainer_the_reward_keeps_its_own_history():
+    reward = consistency_reward("pair", "wording", parse=lambda text: text or None, rate=1.0)
+    columns = dict(pair=["p", "p"], wording=[0, 1])
+    assert reward(completions=["7", "7"], **columns) == [None, None]
+    assert reward(completions=["7", [{"role": "assistant", "content": "8"}]], **columns) == [1.0, 0.0]
+    assert reward(completions=["8", ""], **columns) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="the data have no column 'wording'"):
+        reward(completions=["7"], pair=["p"])
+
+
+def test_bad_siblings_are_a_line(tiny_model_path, tmp_path):
+    for settings, says in (
+        (dict(pair_column="pair"), "pair_column='pair' needs variant_column beside it"),
+        (dict(variant_column="wording"), "variant_column='wording' needs pair_column beside it"),
+        (dict(consistency_rate=0.0), "consistency_rate=0.0 must be"),
+        (dict(consistency_weight=-1.0), "consistency_weight=-1.0 must be"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            tiny_config(RobustGRPOConfig, tmp_path, **settings)
+    args = tiny_config(RobustGRPOConfig, tmp_path, pair_column="pair", variant_column="words")
+    with pytest.raises(ValueError, match="variant_column='words' is not in the data"):
+        tiny_trainer(RobustGRPOTrainer, tiny_model_path, args, train_dataset=paired())
+    args = tiny_config(RobustGRPOConfig, tmp_path, **SIBLINGS)
+    with pytest.raises(ValueError, match="there are two consistency rewards"):
+        own = consistency_reward("pair", "wording")
+        tiny_trainer(RobustGRPOTrainer, tiny_model_path, args, train_dataset=paired(), reward_funcs=[by_topic, own])
+
+
+@pytest.mark.parametrize("base", [TRPATrainer, OPMDTrainer])
+def test_a_trainer_without_the_hosts_advantages_is_refused(base):
+    with pytest.raises(TypeError, match="cannot weigh advantages by group, it"):
+        type("Robust", (GroupRobustMixin, base), {})
+
+
 TWO_PROCESSES = """
 import sys, torch
 from tiny import leave, tiny_config, tiny_trainer
-from test_robust_grpo import Watch, by_topic, grouped
+from test_robust_grpo import SIBLINGS, Watch, by_topic, paired
 from trl_trust.robust.rl import RobustGRPOConfig
 
-args = tiny_config(RobustGRPOConfig, sys.argv[2], group_column="topic", group_eta=0.5, max_steps=1)
-trainer = tiny_trainer(Watch, sys.argv[1], args, train_dataset=grouped(), reward_funcs=by_topic)
+args = tiny_config(RobustGRPOConfig, sys.argv[2], group_column="topic", group_eta=0.5, max_steps=1, **SIBLINGS)
+trainer = tiny_trainer(Watch, sys.argv[1], args, train_dataset=paired(), reward_funcs=by_topic)
 trainer.train()
 before, after, rollouts = trainer.seen
 found = {"state": trainer.method_state(), "before": before, "after": after, "rewards": rollouts.rewards,
-         "topics": [row["topic"] for row in rollouts.examples]}
+         "topics": [row["topic"] for row in rollouts.examples], "answers": trainer.answers}
 torch.save(found, f"{sys.argv[2]}/rank-{trainer.accelerator.process_index}.pt")
 leave()
 """
@@ -194,6 +294,10 @@ def test_two_processes_are_one_with_the_joined_batch(tiny_model_path, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     assert one["state"] == two["state"] and torch.equal(one["rewards"], two["rewards"])
+    for rows, equal in ((one["answers"] + two["answers"], True), (one["answers"], False)):
+        alone = SiblingAnswers(0.1)
+        alone.update(rows)
+        assert (alone.state_dict() == one["state"]["siblings"]) == equal
     rewards, topics = one["rewards"].double(), torch.tensor([int(t == "t1") for t in one["topics"] + two["topics"]])
     grown = torch.stack([torch.exp(0.5 * (1 - rewards[topics == g].mean())) for g in (0, 1)])
     q = torch.tensor(one["state"]["robust"]["q"], dtype=torch.float64)

@@ -361,6 +361,7 @@ class VPDTrainer(TrustGRPOTrainer):
     """
 
     config_class = VPDConfig
+    replaces_advantages = "it learns from feedback"
     _name = "VPD"
     _tag_names = ["trl", "trl-trust", "vpd"]
     _paper = paper(

@@ -184,6 +184,8 @@ class TrustGRPOTrainer(TrustCard, TrustTelemetry, KeptState, SteeredSteps, GRPOT
     """
 
     config_class: ClassVar[type[TrustGRPOConfig]] = TrustGRPOConfig
+    # Why a method has no use for advantages that somebody weighted, as what follows "because"; empty where it has
+    replaces_advantages: ClassVar[str] = ""
 
     # The parameters of TRL 1.16's trainer, written out: editors, and tools that filter by signature, look here
     def __init__(

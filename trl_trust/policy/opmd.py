@@ -157,6 +157,7 @@ class OPMDTrainer(TrustGRPOTrainer):
     """
 
     config_class = OPMDConfig
+    replaces_advantages = "its advantage is the target of a regression"
     _name = "OPMD"
     _tag_names = ["trl", "trl-trust", "opmd"]
     _paper = paper("Kimi k1.5: Scaling Reinforcement Learning with LLMs", "2501.12599", "{Kimi Team}")

@@ -228,6 +228,7 @@ class TRPATrainer(TrustGRPOTrainer):
     """
 
     config_class = TRPAConfig
+    replaces_advantages = "it compares responses in pairs"
     _name = "TRPA"
     _tag_names = ["trl", "trl-trust", "trpa"]
     _paper = paper(

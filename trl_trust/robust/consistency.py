@@ -9,7 +9,10 @@ Plain Python, no tensors: the state is a small table that goes into checkpoints 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..rewards import completion_text, last_box
 
 
 Row = tuple[str, str, str | None]  # pair, variant, parsed answer; None: the answer could not be read
@@ -103,3 +106,74 @@ def flip_rate(rows: Iterable[Row]) -> float | None:
         if across:
             rates.append(1 - (squares(answers) - squares(both)) / across)
     return sum(rates) / len(rates) if rates else None
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a completion answers: the content of its last `\boxed{...}`, else its last line; None for blank text."""
+    boxed = last_box(text)
+    if boxed is not None:
+        return boxed
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else None
+
+
+class SiblingReward:
+    """A reward function of TRL: [`SiblingAnswers`] over the rows of a data set. Made by [`consistency_reward`].
+
+    Rewards come from the history before the batch, which takes up the batch's answers afterwards: a group-robust
+    trainer gathers them over all processes and calls [`settle`]; under another trainer the next call does it, with the
+    rows of its own process, evaluation included.
+
+    Attributes:
+        answers: the history.
+        fresh: rows that were rewarded and are not yet in the history.
+    """
+
+    __name__ = "consistency"
+
+    def __init__(self, pair_column: str, variant_column: str, parse: Callable[[str], Any], rate: float):
+        self.pair_column, self.variant_column, self.parse = pair_column, variant_column, parse
+        self.answers = SiblingAnswers(rate)
+        self.fresh: list[Row] = []
+
+    def __call__(self, completions: list, **columns: Any) -> list[float | None]:
+        lacking = [name for name in (self.pair_column, self.variant_column) if name not in columns]
+        if lacking:
+            raise ValueError(f"the data have no column {lacking[0]!r}, which the consistency reward reads.")
+        self.settle(self.fresh)
+        pairs, variants = columns[self.pair_column], columns[self.variant_column]
+        self.fresh = [
+            (str(pair), str(variant), self._answer(completion))
+            for pair, variant, completion in zip(pairs, variants, completions, strict=True)
+        ]
+        return self.answers.rewards(self.fresh)
+
+    def _answer(self, completion: Any) -> str | None:
+        answer = self.parse(completion_text(completion))
+        return None if answer is None else str(answer)
+
+    def settle(self, rows: Iterable[Row]) -> None:
+        """Take `rows` into the history; none is fresh afterwards."""
+        self.answers.update(rows)
+        self.fresh = []
+
+
+def consistency_reward(
+    pair_column: str, variant_column: str, parse: Callable[[str], Any] = final_answer, rate: float = 0.1
+) -> SiblingReward:
+    """A reward function for TRL: how often the siblings of a row were lately answered as this completion answers.
+
+    Rows with one value of `pair_column` ask the same thing in several wordings, which `variant_column` tells apart.
+    In [0, 1]; None, TRL's "no reward", until a sibling was answered; 0 for what `parse` cannot read. It needs a reward
+    for being right beside it: alone it is highest for a constant answer.
+
+    Args:
+        pair_column: column whose value the siblings share.
+        variant_column: column that tells siblings apart.
+        parse: takes the text of a completion, returns its answer, or None where there is none.
+        rate: weight of a new visit in the history, in (0, 1].
+
+    Raises:
+        ValueError: for a rate outside (0, 1], and at the first call for data without the columns.
+    """
+    return SiblingReward(pair_column, variant_column, parse, rate)

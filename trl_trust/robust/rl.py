@@ -4,6 +4,9 @@ Nearest TRL trainer: `GRPOTrainer`, from which it differs by one factor a respon
 normalization. Weights on *rewards* would do nothing there: `(r - mean) / (std + 1e-4)` undoes any scale of one
 prompt's rewards. With `group_column=None`, or one group, it is `GRPOTrainer` to the bit.
 
+With `pair_column` the answers to one wording of a question are rewarded by those to its other wordings:
+[`trl_trust.robust.consistency`].
+
 Provenance: **inspired**. Group DRO in the frame of the survey arXiv 2307.16851; no experiment of it is reproduced.
 """
 
@@ -13,11 +16,13 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..policy.base import GenerationBatch, TrustGRPOConfig, TrustGRPOTrainer, paper
-from ..settings import setting
+from ..settings import NonNegative, setting
 from .adversary import Groups, GroupSettings
+from .consistency import SiblingReward, consistency_reward, flip_rate
 from .weights import group_means, shortfall
 
 
@@ -31,6 +36,12 @@ class GroupRLSettings(GroupSettings):
     reward_range: list[float] = setting(
         [0.0, 1.0], "Least and largest total reward: a group's loss is the share of it that is missing."
     )
+    pair_column: str | None = setting(
+        None, "Column whose value the wordings of one question share: each is rewarded by the answers to the others."
+    )
+    variant_column: str | None = setting(None, "Column that tells the wordings of one question apart.")
+    consistency_rate: float = setting(0.1, "Weight of a new visit in the history of answers, in (0, 1].")
+    consistency_weight: NonNegative = setting(0.25, "Weight of the consistency reward beside the other rewards.")
 
     def validate(self) -> None:
         super().validate()
@@ -38,6 +49,10 @@ class GroupRLSettings(GroupSettings):
         low_high = self.reward_range
         ordered = len(low_high) == 2 and all(map(math.isfinite, low_high)) and low_high[0] < low_high[1]
         self.require(ordered, "reward_range", "must be two finite numbers, the lower one first")
+        for one, other in (("pair_column", "variant_column"), ("variant_column", "pair_column")):
+            lonely = getattr(self, one) is not None and getattr(self, other) is None
+            self.require(not lonely, one, f"needs {other} beside it: the two name what siblings share and differ in")
+        self.require(0 < self.consistency_rate <= 1, "consistency_rate", "must be in (0, 1]")
 
 
 class GroupRobustMixin:
@@ -45,29 +60,68 @@ class GroupRobustMixin:
 
     Once a generation batch, on every process: rewards, advantages of the host or the method, one step of the
     adversary, weights. Evaluation neither steps nor weights. Logged: `robust/<group>/{reward,q}`, `robust/worst` (the
-    lowest mean reward of a group) and `robust/weight_max`. `q` goes into checkpoints.
+    lowest mean reward of a group) and `robust/weight_max`; with `pair_column`, or a [`consistency_reward`] among the
+    reward functions, `robust/flip_rate`: the share of siblings in the batch that answer differently. `q` and the
+    history of answers go into checkpoints.
 
     Raises:
-        ValueError: for a data set without the column, a streamed one, and what [`Groups`] raises.
+        TypeError: where it stands before a trainer that does not use the host's advantages.
+        ValueError: for data without the columns, streamed data, two consistency rewards, and what [`Groups`] raises.
     """
 
     groups: Groups | None = None
+    siblings: SiblingReward | None = None
     _warned_of_range = False
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        column = self.args.group_column
-        if column is None:
-            return
-        known = getattr(self.train_dataset, "column_names", None)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.replaces_advantages:
+            raise TypeError(
+                f"{cls.__name__}: {cls._name} cannot weigh advantages by group, {cls.replaces_advantages}."
+            )
+
+    def _check_dataset(self) -> None:
+        super()._check_dataset()
+        if self.args.pair_column is not None:
+            self._add_reward()
+        siblings = [func for func in self.reward_funcs if isinstance(func, SiblingReward)]
+        if len(siblings) > 1:
+            raise ValueError("there are two consistency rewards: leave out pair_column, or the one in reward_funcs.")
+        self.siblings = siblings[0] if siblings else None
+        if self.args.group_column is not None:
+            self._check_column("group_column")
+            self.groups = Groups(self.train_dataset.unique(self.args.group_column), self.args)
+
+    def _check_column(self, field: str) -> None:
+        column, known = getattr(self.args, field), getattr(self.train_dataset, "column_names", None)
         if not hasattr(self.train_dataset, "__len__") or known is None:
-            raise ValueError(f"group_column={column!r} needs a data set of known length: load it without streaming.")
+            raise ValueError(f"{field}={column!r} needs a data set of known length: load it without streaming.")
         if column not in known:
-            raise ValueError(f"group_column={column!r} is not in the data, which have {', '.join(known)}.")
-        self.groups = Groups(self.train_dataset.unique(column), self.args)
+            raise ValueError(f"{field}={column!r} is not in the data, which have {', '.join(known)}.")
+
+    def _add_reward(self) -> None:
+        self._check_column("pair_column")
+        self._check_column("variant_column")
+        args = self.args
+        reward = consistency_reward(args.pair_column, args.variant_column, rate=args.consistency_rate)
+        weight = self.reward_weights.new_tensor([args.consistency_weight])
+        # TRL 1.16 zips these three; lists of its own, not the caller's
+        self.reward_funcs = [*self.reward_funcs, reward]
+        self.reward_func_names = [*self.reward_func_names, reward.__name__]
+        self.reward_processing_classes = [*self.reward_processing_classes, None]
+        self.reward_weights = torch.cat([self.reward_weights, weight])
+
+    def _take_answers(self) -> None:
+        rows = gather_object(self.siblings.fresh)  # of all processes, so that each holds the same history
+        rate = flip_rate(rows)
+        if rate is not None:
+            self.log_value("robust/flip_rate", rate)
+        self.siblings.settle(rows if self.model.training else [])
 
     def extend_rollouts(self, rollouts: GenerationBatch) -> dict[str, Tensor]:
         extras = super().extend_rollouts(rollouts)
+        if self.siblings is not None:
+            self._take_answers()
         if self.groups is None or not self.model.training:
             return extras
         rewards = rollouts.rewards  # (N,)
@@ -98,14 +152,24 @@ class GroupRobustMixin:
             )
 
     def method_state(self) -> dict[str, Any]:
-        return super().method_state() | ({} if self.groups is None else {"robust": self.groups.state()})
+        state = super().method_state()
+        if self.groups is not None:
+            state["robust"] = self.groups.state()
+        if self.siblings is not None:
+            state["siblings"] = self.siblings.answers.state_dict()
+        return state
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        super().load_method_state({name: value for name, value in state.items() if name != "robust"})
+        own = {"robust": self.groups, "siblings": self.siblings}
+        super().load_method_state({name: value for name, value in state.items() if name not in own})
+        if "robust" in state and self.groups is None:
+            raise ValueError("the checkpoint weighs groups, and group_column is None: set it as it was.")
+        if "siblings" in state and self.siblings is None:
+            raise ValueError("the checkpoint has answers of siblings, and pair_column is None: set it as it was.")
         if self.groups is not None:
             self.groups.load_state(state["robust"])
-        elif "robust" in state:
-            raise ValueError("the checkpoint weighs groups, and group_column is None: set it as it was.")
+        if self.siblings is not None:
+            self.siblings.answers.load_state_dict(state["siblings"])
 
 
 @dataclass
