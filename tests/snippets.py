@@ -12,6 +12,9 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, GRPOConfig, SFTConfig
 from trl.chat_template_utils import qwen3_chat_template
 
+from trl_trust.evaluation import TrustEvalCallback
+from trl_trust.evaluation import tiny as evaluation_tiny
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +56,13 @@ def rows_of(name: str, config: str = "") -> list[dict] | None:
     }.get(name)
 
 
-def tiny_model(path, tools: bool = False) -> str:
-    """A tiny model; with `tools`, one whose template knows them."""
+def tiny_model(path, tools: bool = False, letters: bool = False) -> str:
+    """A tiny model; with `tools`, one whose template knows them; with `letters`, one that writes more than sums."""
+    if letters:
+        tokenizer = evaluation_tiny.build_tokenizer()
+        evaluation_tiny.build_model(tokenizer, hidden_size=16, layers=1, heads=2).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return str(path)
     save_tiny_model(path)
     if tools:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -73,13 +81,14 @@ REAL_LOAD = datasets.load_dataset
 
 
 def shrink(monkeypatch) -> None:
-    """Make every config small, and every data set of the Hub a few rows."""
+    """Make every config small, every data set of the Hub a few rows, every evaluation short and soon."""
     import trl_trust.unlearn.data
     from trl_trust import ERPDConfig, RolloutsConfig
     from trl_trust.unlearn.gu import GUConfig
 
     for config in (GRPOConfig, SFTConfig, DPOConfig, ERPDConfig, RolloutsConfig, GUConfig):
         monkeypatch.setattr(config, "__post_init__", small_first(config.__post_init__))
+    monkeypatch.setattr(TrustEvalCallback, "__init__", small_after(TrustEvalCallback.__init__))
     for module in (datasets, trl_trust.unlearn.data):
         monkeypatch.setattr(module, "load_dataset", load_dataset)
     monkeypatch.setattr(trl.rewards, "accuracy_reward", some_reward)
@@ -97,6 +106,14 @@ def small_first(post_init):
             if hasattr(self, name):
                 setattr(self, name, value)
         post_init(self)
+
+    return wrapper
+
+
+def small_after(init):
+    def wrapper(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.every_n_steps, self.suite.n_per_dim, self.suite.max_new_tokens = 2, 8, 8
 
     return wrapper
 

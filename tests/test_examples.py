@@ -16,14 +16,19 @@ def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     monkeypatch.chdir(tmp_path)
     source = path.read_text()
-    namespace = run_code(source, tiny_model(tmp_path / "model", tools="environment" in path.stem), {"__name__": "x"})
+    needs = {"tools": path.stem == "environment", "letters": path.stem == "evaluation_callback"}
+    namespace = run_code(source, tiny_model(tmp_path / "model", **needs), {"__name__": "x"})
     namespace["main"]()
     if "save_model()" in source:
         assert (tmp_path / path.stem / "config.json").exists() or (
             tmp_path / path.stem / "adapter_config.json"
         ).exists()
-    else:
-        assert "out of bounds: nothing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    if path.stem == "monitor":
+        assert "out of bounds: nothing" in out
+    if path.stem == "evaluation_callback":
+        assert "| honesty |" in out and "worse beyond chance: nothing" in out
+        assert (tmp_path / path.stem / "trusteval" / "step-2.json").exists()
 
 
 def test_own_data_by_recipe(tmp_path, monkeypatch, capsys):
