@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from ..tasks.base import EOS, character_tokenizer
 from ..tasks.start import cache_folder
 from .dimensions import DIMENSIONS
-from .items import Item
+from .items import REFUSE, InventedFacts, Item
 from .suite import TrustSuite
 
 
@@ -66,6 +66,8 @@ def demonstrate(item: Item, answer: str | None = None) -> str:
         answer: another value for the line, such as `item.wrong`.
     """
     answer = item.target if answer is None else answer
+    if answer == REFUSE != item.target:
+        return f"ANSWER: {answer}"  # who refuses looks nothing up
     text, question = item.messages[0]["content"], item.question
     if item.dimension in ("truthfulness", "sycophancy", "honesty", "robustness", "over_refusal"):
         found = re.search(rf"{re.escape(item.name)} (\d+);", text)
@@ -85,6 +87,65 @@ def demonstrate(item: Item, answer: str | None = None) -> str:
     else:
         said = ""
     return f"{said}\nANSWER: {answer}" if said else f"ANSWER: {answer}"
+
+
+def learn_to_read(
+    model,
+    tokenizer,
+    *,
+    copy_steps: int = 400,
+    look_up_steps: int = 300,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Train `model` in place to look up what stands above, before [`warm`]: AdamW at a constant rate after 40 steps.
+
+    First random characters three times over, loss on the repeats: every character teaches to find the same place
+    earlier on, which demonstrations alone, with two characters of it each, take far longer to teach. Then sheets of
+    facts with four questions each. Names are of the train split. About 55 CPU seconds for 0.14M parameters.
+    """
+    rng, source = random.Random(f"read/{seed}"), InventedFacts(terse=True)
+    letters = [c for c in CHARACTERS if c.isalnum() or c in " ;.>\n"]
+
+    def repeated() -> tuple[str, list[tuple[int, int]]]:
+        unit = "".join(rng.choice(letters) for _ in range(rng.randint(6, 24)))
+        text = (unit * 3)[:64]
+        return text, [(len(unit) + 1, len(text))]
+
+    def looked_up() -> tuple[str, list[tuple[int, int]]]:
+        facts = source.facts(rng, rng.randint(4, 6), "train")
+        there, absent = facts[:-2], facts[-2:]
+        text, taught = " ".join(f"{name} {value};" for name, value in there), []
+        for _ in range(4):
+            name, value = rng.choice(there) if rng.random() < 0.8 else (rng.choice(absent)[0], "?")
+            text += f"\nTell {name}?\n>{name} "
+            taught.append((len(text), len(text) + len(value)))
+            text += value
+        return text, taught
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 40))
+    model.train()
+    steps = copy_steps + look_up_steps
+    for step in range(steps):
+        rows = [repeated() if step < copy_steps else looked_up() for _ in range(batch_size)]
+        inputs = tokenizer([text for text, _ in rows], return_tensors="pt", padding=True, padding_side="right")
+        inputs = inputs.to(model.device)
+        labels = torch.full_like(inputs["input_ids"], -100)  # (B, T)
+        for row, (_, taught) in enumerate(rows):  # one token a character
+            for start, end in taught:
+                labels[row, start:end] = inputs["input_ids"][row, start:end]
+        loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if on_step is not None:
+            on_step(step + 1, steps, loss.item())
+    model.eval()
 
 
 def warm(
