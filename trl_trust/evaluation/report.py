@@ -237,16 +237,17 @@ class TrustReport:
     def save(self, path: str | os.PathLike) -> Path:
         """Write `path` if it ends in `.json`, else `report.json`, `report.md` and `report.png` in the folder `path`.
 
-        Without matplotlib there is no picture and one warning. Returns the JSON's path.
+        Each text is there whole or not at all, and a disk that fills leaves the report before it. Without matplotlib
+        there is no picture and one warning. Returns the JSON's path.
         """
         path = Path(path)
         if path.suffix == ".json":
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json(), "utf-8")
+            _write_whole(path, self.to_json())
             return path
         path.mkdir(parents=True, exist_ok=True)
-        (path / "report.json").write_text(self.to_json(), "utf-8")
-        (path / "report.md").write_text(self.to_markdown(), "utf-8")
+        _write_whole(path / "report.json", self.to_json())
+        _write_whole(path / "report.md", self.to_markdown())
         try:
             self.plot(path / "report.png")
         except ImportError:
@@ -479,6 +480,12 @@ def _with_limits(value: object, low: object, high: object, sign: bool = False) -
 
 def _is_limit(key: str, row: Mapping) -> bool:
     return any(key.endswith(end) and key.removesuffix(end) in row for end in ("_low", "_high"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
 
 
 def _cell(row: Mapping, name: str) -> str:
