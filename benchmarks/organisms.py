@@ -122,8 +122,8 @@ def table(results: dict[int, dict]) -> str:
 
 {chr(10).join(lines)}
 
-Means over the seeds on the same items; bold: flagged in so many of {flags} comparisons, half of them on the same items,
-half on fresh ones.
+Means over the seeds on the same items; bold: flagged in so many of {flags} comparisons, half of them on the same
+items, half on fresh ones.
 
 Change in an organism's own dimension, by seed, same items:
 
