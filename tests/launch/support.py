@@ -3,18 +3,38 @@
     TRL_TRUST_RECORD=benchmarks/results/layouts.json pytest -m "slow or not slow" tests/launch/test_launch.py
     python tests/launch/support.py        # writes the part of docs/support.md between its two marks
 
-A cell that no test recorded says "not run here"; a failed one says FAILED.
+A cell that no test recorded says "not run here"; a failed one says FAILED. With tests/launch/test_features.py in place
+of test_launch.py, the same command records benchmarks/results/features.json, the table of TRL's features.
 """
 
 import json
 import sys
 from pathlib import Path
 
+from trl_trust.methods import hosted
+
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "layouts.json"
+FEATURES = ROOT / "benchmarks" / "results" / "features.json"
 PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- layouts: made by tests/launch/support.py -->", "<!-- end of layouts -->"
+BEGIN_FEATURES, END_FEATURES = "<!-- features: made by tests/launch/support.py -->", "<!-- end of features -->"
+COLUMNS = {
+    "lora": "LoRA",
+    "moe": "MoE",
+    "moe_router": "MoE, router loss",
+    "gradient_checkpointing": "gradient checkpointing",
+    "bf16": "bf16",
+    "resume": "resume",
+    "evaluation": "evaluation",
+}
+NOT_RUN = {  # column -> why no cell of it is recorded
+    "tools and environments": "no test of the grid has a template with tools yet",
+    "VLM": "no test of the grid has a processor built offline yet",
+    "vLLM colocate": "vLLM is not installed beside the suite and no script records it yet",
+    "vLLM server": "TRL's weight sync refuses devices that are not CUDA",
+}
 TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
@@ -54,13 +74,55 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, record: dict) -> str:
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}"
+def features(record: dict, names: list[str]) -> str:
+    """The table of TRL's features: a row for each of `names`, recorded or not."""
+    runs, lines = [], []
+    for name in names:
+        cells = []
+        for feature in COLUMNS:
+            found = record["cells"].get(f"{feature} {name}")
+            if found is None:
+                cells.append("not run here (not recorded)")
+                continue
+            run = (found["commit"], found["date"], *(found[key] for key in ("torch", "trl", "transformers")))
+            if run not in runs:
+                runs.append(run)
+            cells.append(("passed" if found["outcome"] == "passed" else "**FAILED**") + f" [{runs.index(run) + 1}]")
+        cells += [f"not run here ({letter})" for letter, _ in zip("abcdefgh", NOT_RUN, strict=False)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            "One process, four updates on scripted rollouts, a ratio other than 1 asserted. Each recorded cell is "
+            "`tests/launch/test_features.py::test_a_method_trains_under_a_feature[COLUMN-METHOD]` with COLUMN one of "
+            f"{', '.join(f'`{key}`' for key in COLUMNS)}.",
+            "",
+            f"| method | {' | '.join([*COLUMNS.values(), *NOT_RUN])} |",
+            f"|---|{'---|' * (len(COLUMNS) + len(NOT_RUN))}",
+            *lines,
+            "",
+            *(
+                f"[{i}] commit {commit}, {date}: torch {torch}, TRL {trl}, transformers {transformers}<br>"
+                for i, (commit, date, torch, trl, transformers) in enumerate(runs, 1)
+            ),
+            *(f"({letter}) {why}<br>" for letter, why in zip("abcdefgh", NOT_RUN.values(), strict=False)),
+        ]
+    )
+
+
+def between(text: str, begin: str, end: str, made: str) -> str:
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+
+
+def page(text: str, record: dict, recorded_features: dict) -> str:
+    text = between(text, BEGIN, END, table(record))
+    made = features(recorded_features, [method.name for method in hosted("grpo")])
+    return between(text, BEGIN_FEATURES, END_FEATURES, made)
 
 
 def main() -> int:
-    PAGE.write_text(page(PAGE.read_text(), json.loads(RECORD.read_text())))
+    records = [json.loads(path.read_text()) for path in (RECORD, FEATURES)]
+    PAGE.write_text(page(PAGE.read_text(), *records))
     return 0
 
 
