@@ -21,6 +21,7 @@ def make_parser() -> Words:
         "--methods", nargs="+", help="rtn8 gptq4 awq4 mag2:4 wanda2:4 sparsegpt50 ...; nine by default"
     )
     parser.add_argument("--calibration", help="a text file, one prompt a line; by default the suite's own train split")
+    parser.add_argument("--export", help="torchao:int8 or torchao:int4: write that checkpoint into --out, no report")
     parser.add_argument("--candidates", nargs="*", default=[], help="NAME=FOLDER of models compressed elsewhere")
     for name, kind in _SETTINGS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"see docs/compression.md, `{name}`")
@@ -45,6 +46,19 @@ def calibration_of(given, suite) -> list:
     return [list(item.messages) for item in rows]
 
 
+def export(given) -> int:
+    """Write the checkpoint that `--export` names."""
+    from .torchao import bits_of, save_torchao
+
+    bits = bits_of(given.export)
+    if not given.out:
+        raise ValueError("--export needs --out, the folder to write")
+    model, tokenizer, _ = load_model(given)
+    save_torchao(model, tokenizer, given.out, bits=bits, group_size=given.group_size or 128)
+    print(f"wrote {given.out}: AutoModelForCausalLM.from_pretrained loads it where torchao is installed")
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     given = make_parser().read(words)
     if given.published:
@@ -52,6 +66,8 @@ def main(words: Sequence[str]) -> int:
 
         print(report().to_markdown())
         return 0
+    if given.export:
+        return export(given)
     candidates = dict(word.partition("=")[::2] for word in given.candidates)
     for name, path in candidates.items():
         if not path:
