@@ -32,7 +32,7 @@ COLUMNS = {
 NOT_RUN = {  # column -> why no cell of it is recorded
     "tools and environments": "no test of the grid has a template with tools yet",
     "VLM": "no test of the grid has a processor built offline yet",
-    "vLLM colocate": "vLLM is not installed beside the suite and no script records it yet",
+    "vLLM colocate": "an environment of its own; of benchmarks/vllm_cpu.py only one case was run",
     "vLLM server": "TRL's weight sync refuses devices that are not CUDA",
 }
 TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
