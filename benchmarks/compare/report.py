@@ -85,6 +85,9 @@ class Comparison:
             runs = self.runs.get((task, regime, rate), {}).get(entry)
             if runs and (beyond is None or beyond in scores):
                 self.runs.setdefault((task, regime, OWN), {})[entry] = runs
+        alone = [cell for cell, found in self.runs.items() if cell[2] == OWN and set(found) == {REFERENCE}]
+        for cell in alone:  # a table of the reference at its own rate compares nothing
+            del self.runs[cell]
 
     def cells(self) -> list[tuple[str, str, float | str]]:
         order = list(regimes())

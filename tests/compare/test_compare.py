@@ -114,8 +114,9 @@ def test_every_entry_and_regime_is_stated_rightly():
 
 
 def test_every_method_of_the_table_is_an_entry(tmp_path):
+    # Robust GRPO needs a column of groups, which the tasks have not: benchmarks/robust.py compares it
     for method in hosted("grpo"):
-        if method.name == "grpo":
+        if method.name in ("grpo", "robust-grpo"):
             continue
         assert any(entry.trainer.endswith(f".{method.trainer}") for entry in work.entries().values()), method.name
 
