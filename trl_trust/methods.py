@@ -270,6 +270,30 @@ METHODS: tuple[Method, ...] = (
         page="robust",
         asynchronous="a generation's groups are never seen together there",
     ),
+    Method(
+        name="robust-sft",
+        title="Robust SFT",
+        module="trl_trust.robust.sft",
+        trainer="RobustSFTTrainer",
+        config="RobustSFTConfig",
+        paper="2307.16851",
+        grade="inspired",
+        summary="SFT that raises the worst group, withstands moved embeddings, or forgets what tells the nuisance",
+        host="sft",
+        page="robust",
+    ),
+    Method(
+        name="robust-reward",
+        title="Robust reward model",
+        module="trl_trust.robust.sft",
+        trainer="RobustRewardTrainer",
+        config="RobustRewardConfig",
+        paper="2307.16851",
+        grade="inspired",
+        summary="the same three terms on the pairs of a reward model",
+        host="reward",
+        page="robust",
+    ),
 )
 
 

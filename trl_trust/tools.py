@@ -109,4 +109,14 @@ TOOLS: tuple[Tool, ...] = (
         commands=("compress",),
         recipes="compression",
     ),
+    Tool(
+        name="ladder",
+        title="Ladder",
+        module="trl_trust.robust.ladder",
+        paper="2307.16851",
+        grade="inspired",
+        summary="On which rung a gap between groups stands: association, adjusted for covariates, between siblings",
+        commands=("ladder",),
+        page="robust",
+    ),
 )
