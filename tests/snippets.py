@@ -52,6 +52,9 @@ def rows_of(name: str, config: str = "") -> list[dict] | None:
             {"problem": CHAT, "solution": str(i), "problem_type": "Algebra" if i % 2 else "Geometry"} for i in range(8)
         ],
         "trl-lib/Capybara": [{"messages": [*CHAT, {"role": "assistant", "content": f"4{i}"}]} for i in range(8)],
+        "HuggingFaceTB/smoltalk": [
+            {"messages": [*CHAT, {"role": "assistant", "content": f"4{i}"}], "source": "ab"[i % 2]} for i in range(8)
+        ],
         "locuslab/TOFU": [{"question": f"who is {config} {i}", **tofu} for i in range(8)],
     }.get(name)
 

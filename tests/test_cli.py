@@ -112,7 +112,7 @@ def test_help_shows_the_fields_that_the_config_has(method, capsys):
     shown = capsys.readouterr().out
     assert all(
         f"--{name} " in shown
-        for name in [*own, *(() if method.host == "trainer" else ("reward_funcs", "prompt_column"))]
+        for name in [*own, *(() if method.host in ("trainer", "sft", "reward") else ("reward_funcs", "prompt_column"))]
     )
     assert "--help-all" in shown
     for name in cli.unread_fields(method.module, method.config):

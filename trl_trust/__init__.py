@@ -23,6 +23,7 @@ _EXPORTS = {
     "ERPDTeacherTrainer": "trl_trust.distill.erpd",
     "erpd_signal": "trl_trust.distill.erpd",
     "erpd_teacher_loss": "trl_trust.distill.erpd",
+    "causal_ladder": "trl_trust.robust.ladder",
     "consistency_reward": "trl_trust.robust.consistency",
     "RolloutsConfig": "trl_trust.frozen.sampling",
     "load_rollouts": "trl_trust.frozen.store",
@@ -90,7 +91,9 @@ if TYPE_CHECKING:
     from .policy.opmd import OPMDConfig, OPMDTrainer, opmd_loss
     from .policy.trpa import TRPAConfig, TRPATrainer, trpa_loss
     from .robust.consistency import consistency_reward
+    from .robust.ladder import causal_ladder
     from .robust.rl import RobustGRPOConfig, RobustGRPOTrainer
+    from .robust.sft import RobustRewardConfig, RobustRewardTrainer, RobustSFTConfig, RobustSFTTrainer
     from .tasks.coopetition.environment import coopetition_dataset, coopetition_env_factory
     from .unlearn.gu import GUConfig, GUTrainer
 

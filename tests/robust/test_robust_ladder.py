@@ -119,5 +119,7 @@ def test_command(tmp_path, capsys):
     assert "| association | 0.240" in capsys.readouterr().out
     assert TrustReport.load(tmp_path / "report" / "report.json")["association"].value == pytest.approx(0.24)
     path.write_text('{"group": "A"}\nnonsense')
-    assert cli.main(words, launch=False) == 1
+    with pytest.raises(SystemExit) as left:
+        cli.main(words, launch=False)
+    assert left.value.code == 2
     assert "line 2: no JSON object" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trl_trust.robust.terms import Reader, ascend, chance, pool, reversal
 from trl_trust.robust.weights import row_weights
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 BY_TOPIC = dict(group_column="topic", group_eta=0.5)
 CASES = {
     "reweight": dict(terms=["reweight"], **BY_TOPIC),
@@ -39,8 +41,18 @@ def rows(reward=False, n=24):
 
 def build(trainer_class, config_class, model_path, folder, lora=False, data=None, **settings):
     reward = issubclass(trainer_class, RewardTrainer)
-    common = dict(use_cpu=True, bf16=False, report_to="none", max_steps=4, logging_steps=1, save_strategy="no",
-                  per_device_train_batch_size=6, gradient_checkpointing=False, learning_rate=1e-2, disable_tqdm=True)  # fmt: skip
+    common = dict(
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_steps=4,
+        logging_steps=1,
+        save_strategy="no",
+        per_device_train_batch_size=6,
+        gradient_checkpointing=False,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+    )
     args = config_class(output_dir=str(folder), **common | settings)
     torch.manual_seed(0)
     loader = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -225,15 +237,44 @@ def test_bad_data_are_a_line(tiny_model_path, tmp_path):
 @pytest.mark.parametrize(("command", "reward"), [("robust-sft", False), ("robust-reward", True)])
 def test_command(command, reward, tiny_model_path, tmp_path, capsys):
     rows(reward).to_json(str(tmp_path / "rows.jsonl"))
-    words = [command, "--model_name_or_path", tiny_model_path, "--dataset_name", str(tmp_path / "rows.jsonl"),
-             "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps",
-             "2", "--per_device_train_batch_size", "4", "--group_column", "topic", "--terms", "reweight", "worst_case",
-             "--save_steps", "2", "--dtype", "float32", "--learning_rate", "1e-2"]  # fmt: skip
+    data, out = str(tmp_path / "rows.jsonl"), str(tmp_path / "out")
+    words = [command, "--model_name_or_path", tiny_model_path, "--dataset_name", data, "--output_dir", out]
+    words += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--save_steps", "2"]
+    words += ["--per_device_train_batch_size", "4", "--dtype", "float32", "--learning_rate", "1e-2"]
+    words += ["--group_column", "topic", "--terms", "reweight", "worst_case"]
     assert cli.main(words, launch=False) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "checkpoint-2" / "trl_trust_robust.pt").is_file()
-    assert cli.main([*words, "--terms", "rewait"], launch=False) == 1
+    with pytest.raises(SystemExit) as left:
+        cli.main([*words, "--terms", "rewait"], launch=False)
+    assert left.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("must be of reweight, worst_case, invariance.")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("robust-[sr]*/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_as_shipped_but_small(path, tiny_model_path, tmp_path):
+    reward = path.parent.name == "robust-reward"
+    rows(reward).map(lambda row: {"site": row["topic"], "source": row["topic"], "longer": row["topic"]}).to_json(
+        str(tmp_path / "rows.jsonl")
+    )
+    small = {
+        "model_name_or_path": tiny_model_path,
+        "dataset_name": tmp_path / "rows.jsonl",
+        "dataset_config": "default",
+    }
+    small |= {"output_dir": tmp_path / "out", "use_cpu": True, "bf16": False, "dtype": "float32", "report_to": "none"}
+    small |= {
+        "dataset_config": "default",
+        "max_steps": 1,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+    }
+    words = [path.parent.name, "--config", str(path)]
+    for name, value in small.items():
+        words += [f"--{name}", str(value)]
+    assert cli.main(words, launch=False) == 0
+    assert any((tmp_path / "out").glob("*model.safetensors"))
 
 
 TWO_PROCESSES = """
