@@ -1,6 +1,7 @@
 """Robust SFT and reward models: off is TRL to the bit, each term does what it says, state and layouts hold."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(host, tiny_model_path, tmp_p
 def test_bad_settings_are_a_line(settings, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         RobustSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_only_the_words_that_are_named_move(tiny_model_path, tmp_path):
+    trainer = build(*SFT, tiny_model_path, tmp_path, terms=["worst_case"], perturb_words=["="])
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    moved = trainer._worst_case(trainer.model, dict(inputs)).norm(dim=-1) > 0  # (B, T)
+    equals = trainer.processing_class("=", add_special_tokens=False)["input_ids"][0]
+    assert torch.equal(moved, inputs["input_ids"] == equals)
+    with pytest.raises(ValueError, match="the tokenizer knows none of them"):
+        build(*SFT, tiny_model_path, tmp_path, terms=["worst_case"], perturb_words=["\u2603"])
+    with pytest.raises(ValueError, match="perturb_words=.* is read by worst_case alone"):
+        RobustSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, perturb_words=["="])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("term", ["reweight", "worst_case", "invariance"])
+def test_the_worst_group_of_a_small_network_rises(term):
+    families = runpy.run_path(str(RECIPES.parent / "benchmarks" / "robust.py"))["families"]
+    assert families(term, 0)[0] > families("nothing", 0)[0] + 0.05
 
 
 def test_bad_data_are_a_line(tiny_model_path, tmp_path):

@@ -57,6 +57,9 @@ class RobustTermSettings(GroupSettings):
         0.1, "`worst_case`: L2 length of a row's perturbation, in units of the row's mean embedding norm."
     )
     ascent_steps: Count = setting(2, "`worst_case`: forward and backward passes that look for the perturbation.")
+    perturb_words: list[str] | None = setting(
+        None, "`worst_case`: words whose tokens alone are moved, such as those that name the nuisance; None: all."
+    )
     mix: Fraction = setting(0.5, "`worst_case`: share of the clean loss that is kept.")
     invariance_weight: NonNegative = setting(1.0, "`invariance`: weight of the adversary's loss, reversed.")
     condition_on: str | None = setting(
@@ -72,6 +75,11 @@ class RobustTermSettings(GroupSettings):
             not grouped or self.group_column is not None,
             "group_column",
             f"must name the column of the groups: terms={list(self.terms)} read it",
+        )
+        self.require(
+            self.perturb_words is None or (self.perturb_words and "worst_case" in self.terms),
+            "perturb_words",
+            "must name words, and is read by worst_case alone",
         )
         self.require(
             self.condition_on is None or "invariance" in self.terms,
@@ -142,6 +150,7 @@ class RobustLossMixin:
             self.data_collator = WithColumns(self.data_collator, columns)
         if "worst_case" in self.args.terms:
             self.model.get_input_embeddings().register_forward_hook(self._perturb)
+            self._moving = self._tokens_of(self.args.perturb_words)
         if "invariance" in self.args.terms:
             inner = backbone(self.model) or causal_lm(self.model)
             inner.register_forward_hook(self._read)
@@ -170,6 +179,17 @@ class RobustLossMixin:
             raise ValueError(f"{field}={column!r} is not in the data, which have {', '.join(known)}.")
         return self.train_dataset.unique(column)
 
+    def _tokens_of(self, words: list[str] | None) -> Tensor | None:
+        """Token ids of the words, at the start of a text and after a blank; None for None."""
+        if words is None:
+            return None
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = lambda text: set(tokenizer(text, add_special_tokens=False)["input_ids"])
+        found = {i for word in words for i in ids(word) | ids(f" {word}")} - ids(" ") - {tokenizer.unk_token_id}
+        if not found:
+            raise ValueError(f"perturb_words={words}: the tokenizer knows none of them.")
+        return torch.tensor(sorted(found), device=self.args.device)
+
     # -- inside the model --------------------------------------------------------------------------------------------
 
     def _perturb(self, module, args, output):
@@ -187,11 +207,12 @@ class RobustLossMixin:
             self._delta = None
 
     def _worst_case(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The perturbation (B, T, d) of the embeddings of live tokens, without gradient."""
+        """The perturbation (B, T, d) of the embeddings of live tokens, or of some words, without gradient."""
         plain = self.accelerator.unwrap_model(model)  # DDP would await a backward for each of these forwards
         live = inputs["attention_mask"]
         with torch.no_grad():
             embedded = plain.get_input_embeddings()(inputs["input_ids"])  # (B, T, d)
+        moving = live if self._moving is None else live * torch.isin(inputs["input_ids"], self._moving)  # (B, T)
         size = self.args.radius * (embedded.float().norm(dim=-1) * live).sum(1) / live.sum(1).clamp(min=1)  # (B,)
         delta = torch.zeros_like(embedded, dtype=torch.float32)
         for _ in range(self.args.ascent_steps):
@@ -199,7 +220,7 @@ class RobustLossMixin:
             with self._moved(delta):
                 loss = self.row_losses(self.forward_rows(plain, inputs)).sum()
             (grad,) = torch.autograd.grad(loss, delta)
-            delta = ascend(delta.detach(), grad * live.unsqueeze(-1), size / self.args.ascent_steps)
+            delta = ascend(delta.detach(), grad * moving.unsqueeze(-1), size / self.args.ascent_steps)
         self._logs["robust/delta_norm"].append(delta.flatten(1).norm(dim=1).mean().item())
         return delta
 
@@ -337,7 +358,7 @@ class RobustSFTTrainer(RobustLossMixin, GuardedSteps, SFTTrainer):
         return -outputs.log_probs.sum(1) / outputs.label_mask.sum(1).clamp(min=1)  # (B,)
 
     def features(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return pool(hidden, inputs["attention_mask"])
+        return pool(hidden[:, :-1], inputs["labels"][:, 1:] != -100)  # the states that predict something
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         groups, conditions = self._taken(inputs)

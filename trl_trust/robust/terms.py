@@ -55,7 +55,7 @@ class Reader:
         lr, steps: of its Adam, a batch.
     """
 
-    def __init__(self, width: int, num_groups: int, num_conditions: int = 0, lr: float = 1e-2, steps: int = 3):
+    def __init__(self, width: int, num_groups: int, num_conditions: int = 0, lr: float = 1e-2, steps: int = 10):
         self.num_conditions, self.steps = num_conditions, steps
         self.head = nn.Linear(width + num_conditions, num_groups, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
