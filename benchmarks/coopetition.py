@@ -1,6 +1,6 @@
 """Does a policy learn to invest through real tool calls? TRL's GRPOTrainer and DISPO in the coopetition environment.
 
-    python benchmarks/coopetition.py                # 3 seeds x 2 trainers, about 1.5 CPU minutes a run
+    python benchmarks/coopetition.py                # 3 seeds x 5 cells, half a CPU minute a run
     python benchmarks/coopetition.py --plot         # the picture from what is there
 
 A tiny Qwen2 (0.1M parameters) whose tokenizer is built locally, with TRL's Qwen3 chat template and the call's fixed
@@ -11,7 +11,11 @@ Stated beforehand: the normalized reward (0: the myopic player, 1: the best plan
 first two generations to the last ten in every run; otherwise the environment does not train. Investing the norm, 5, in
 every round earns .393; the signal of trust is 0 exactly there, so that a plateau at the norm is likely, and getting
 past it is a matter of exploration. Not calling the tool at all earns -1.338 in every episode: a policy that has come
-to that has no variance left to learn from. The two trainers are not compared: three seeds, one rate, not tuned.
+to that has no variance left to learn from. The two trainers are not compared: three seeds, not tuned.
+
+That claim failed at a rate of 2e-3: on two seeds of three GRPO stopped calling. Stated before the second round: at a
+quarter of the rate, and at the same rate under `step_control="kl"`, no run stops calling, and each rises by .5;
+otherwise the rate is not what broke them.
 """
 
 import argparse
@@ -32,13 +36,20 @@ SETTINGS = {
     "batch": 32,
     "num_generations": 16,
     "steps_per_generation": 2,
-    "learning_rate": 2e-3,
 }
-TRAINERS = ("grpo", "dispo")
+# cell -> trainer, learning rate, further settings
+CELLS = {
+    "grpo": ("grpo", 2e-3, {}),
+    "dispo": ("dispo", 2e-3, {}),
+    "grpo, 5e-4": ("grpo", 5e-4, {}),
+    "dispo, 5e-4": ("dispo", 5e-4, {}),
+    "dispo, step control": ("dispo", 2e-3, {"step_control": "kl"}),
+}
+COLORS = dict(zip(CELLS, ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"), strict=True))
 LAST = 10  # generations that count as the end
 
 
-def run(trainer: str, start: str, seed: int) -> dict:
+def run(cell: str, start: str, seed: int) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_trust import DISPOConfig, DISPOTrainer
@@ -46,6 +57,7 @@ def run(trainer: str, start: str, seed: int) -> dict:
     from trl_trust.tasks.coopetition.game import scale
     from trl_trust.tasks.coopetition.start import build_tokenizer
 
+    trainer, learning_rate, further = CELLS[cell]
     kind, config = {"grpo": (GRPOTrainer, GRPOConfig), "dispo": (DISPOTrainer, DISPOConfig)}[trainer]
     env = coopetition_env_factory(rounds=SETTINGS["rounds"], partner=SETTINGS["partner"])
     reuse = SETTINGS["steps_per_generation"]
@@ -57,7 +69,7 @@ def run(trainer: str, start: str, seed: int) -> dict:
         steps_per_generation=reuse,
         gradient_accumulation_steps=1,
         max_steps=SETTINGS["generations"] * reuse,
-        learning_rate=SETTINGS["learning_rate"],
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
         seed=seed,
@@ -68,6 +80,7 @@ def run(trainer: str, start: str, seed: int) -> dict:
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
+        **further,
     )
     data = coopetition_dataset(512, partners=(SETTINGS["partner"],), seed=seed)
     began = time.process_time()
@@ -87,7 +100,8 @@ def run(trainer: str, start: str, seed: int) -> dict:
     first, last = sum(reward[:2]) / 2, sum(reward[-LAST:]) / LAST
     zero, one = scale(env.game)
     return {
-        "cell": trainer,
+        "cell": cell,
+        "learning_rate": learning_rate,
         "seed": seed,
         "first": round(first, 4),
         "last": round(last, 4),
@@ -107,7 +121,6 @@ def draw(path: Path) -> Path:
 
     results = json.loads(path.read_text())
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    colors = {"grpo": "#4c72b0", "dispo": "#dd8452"}
     for axes, name, lines in zip(
         figure.subplots(1, 2),
         ("reward", "amount"),
@@ -119,11 +132,9 @@ def draw(path: Path) -> Path:
             axes.annotate(label, (0, height), fontsize=7, color="gray", va="bottom")
         seen = set()
         for cell in results["cells"]:
-            label = (
-                None if cell["cell"] in seen else {"grpo": "TRL's GRPOTrainer", "dispo": "DISPOTrainer"}[cell["cell"]]
-            )
+            label = None if cell["cell"] in seen else cell["cell"]
             seen.add(cell["cell"])
-            axes.plot(cell[name], color=colors[cell["cell"]], linewidth=1, label=label)
+            axes.plot(cell[name], color=COLORS[cell["cell"]], linewidth=1, label=label)
         title = {"reward": "normalized reward", "amount": "mean amount invested"}[name]
         axes.set(xlabel="generation (32 episodes)", title=title)
     axes.legend(fontsize=8)
@@ -135,7 +146,7 @@ def draw(path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--trainers", nargs="*", default=TRAINERS, choices=TRAINERS)
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--plot", action="store_true", help="only draw what is in the file")
     args = parser.parse_args()
@@ -151,8 +162,8 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             start = str(build_start(folder, Game(rounds=SETTINGS["rounds"]), seed=seed))
-            for trainer in args.trainers:
-                cell = run(trainer, start, seed)
+            for name in args.cells:
+                cell = run(name, start, seed)
                 cells.add(args.out, cell, settings=SETTINGS)
                 print({name: value for name, value in cell.items() if not isinstance(value, list)}, flush=True)
     print(draw(args.out))
