@@ -2,6 +2,7 @@
 
     python benchmarks/geometry.py scenes            # 1,000 scenes: every determined goal against its diagram
     python benchmarks/geometry.py speed             # verified problems a CPU second, text and checker included
+    python benchmarks/geometry.py pictures          # a contact sheet
     python benchmarks/geometry.py train             # 3 seeds x 3 arms, about 1.5 CPU minutes a run
     python benchmarks/geometry.py --report
 
@@ -228,15 +229,37 @@ def report(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def pictures(path: Path) -> Path:
+    """The pictures of twelve problems, four in a row."""
+    import json
+
+    from PIL import Image
+
+    from trl_trust.tasks.geometry import draw_picture, parse_fact
+    from trl_trust.tasks.geometry.data import Settings
+    from trl_trust.tasks.geometry.data import rows as make
+
+    sheet = Image.new("RGB", (4 * 336, 3 * 336), "white")
+    for i, row in enumerate(make(12, 5, Settings(kinds=("angle", "length", "area")))):
+        facts = [parse_fact(fact) for fact in row["premises"]]
+        drawn = draw_picture(json.loads(row["points"]), facts, parse_fact(row["goal"]))
+        sheet.paste(drawn, (336 * (i % 4), 336 * (i // 4)))
+    sheet.quantize(32).save(path, optimize=True)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="train", choices=("scenes", "speed", "train"))
+    parser.add_argument("part", nargs="?", default="train", choices=("scenes", "speed", "pictures", "train"))
     parser.add_argument("--n", type=int, help="scenes, or rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args()
+    if args.part == "pictures":
+        print(pictures(cells.RESULTS / "geometry_pictures.png"))
+        return
     cells.load(args.out, settings=SETTINGS)
     if args.report:
         print(report(cells.load(args.out, settings=SETTINGS)["cells"]))

@@ -13,6 +13,7 @@ _HOMES = {
     "closure": ("Closure", "Diagram"),
     "data": ("geometry_dataset",),
     "facts": ("Fact", "Root", "parse_fact"),
+    "picture": ("draw_picture",),
     "problems": ("Problem", "pose"),
     "rewards": ("geometry_reward", "geometry_step_reward", "step_reward"),
     "scene": ("Scene", "draw"),

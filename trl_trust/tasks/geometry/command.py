@@ -21,6 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--workers", type=int, default=1, help="processes; the rows are the same for any number")
     build.add_argument("--out", type=Path, required=True, help="folder for the shards, a manifest and a card")
+    build.add_argument("--images", action="store_true", help="draw each problem: short for --set images=true")
     build.add_argument("--set", dest="settings", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. max_steps=24")
     verify = commands.add_parser(
         "verify", help="the independent checker over every row; exit status 1 at the first bad one"
@@ -28,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("data", type=Path, help="a folder that build wrote")
     show = commands.add_parser("show", help="one problem with its proof")
     show.add_argument("seed", type=int)
+    show.add_argument("--picture", type=Path, metavar="FILE", help="draw it too, for instance to figure.png")
     show.add_argument("--set", dest="settings", nargs="+", default=[], metavar="NAME=VALUE")
     evaluate = commands.add_parser("eval", help="accuracy of a model by tier, as a report")
     evaluate.add_argument("--model", required=True, help="a model id or folder")
@@ -81,13 +83,11 @@ def _build(args) -> int:
     import os
     from dataclasses import asdict
 
-    import pyarrow
-    import pyarrow.parquet
     from rich.progress import Progress
 
-    from .data import SPLITS, digest, rows
+    from .data import SPLITS, as_dataset, digest, rows
 
-    settings = settings_of(args.settings)
+    settings = settings_of([*args.settings, *(["images=true"] if args.images else [])])
     if args.split not in SPLITS:
         raise ValueError(f"--split {args.split}: choose from {', '.join(SPLITS)}")
     total = sum(args.tiers) if args.tiers else args.n
@@ -112,7 +112,7 @@ def _build(args) -> int:
         path = args.out / f"part-{shard:05d}.parquet"
         if not path.exists():
             scratch = path.with_suffix(".part")
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(waiting), scratch)
+            as_dataset(waiting).to_parquet(scratch)
             os.replace(scratch, path)
 
     with Progress() as progress:
@@ -164,6 +164,7 @@ def _show(args) -> int:
     import random
 
     from .data import astray, canonical, split_of
+    from .picture import draw_picture
     from .problems import pose
     from .scene import draw
     from .text import prompt, trace
@@ -183,6 +184,9 @@ def _show(args) -> int:
             form = canonical(problem)
             print(prompt(problem, rng, style=settings.style, coordinates=settings.coordinates))
             print(f"\n{trace(problem, astray(problem, rng), rng, kind=settings.trace)}")
+            if args.picture:
+                drawn = draw_picture(problem.points, [*problem.premises, *problem.distractors], problem.goal)
+                drawn.save(args.picture)
             print(f"\n{len(problem.proofs[0].steps)} steps, canonical form {form} ({split_of(form)})")
             return 0
     raise ValueError(f"seed {args.seed}: no problem in {settings.max_attempts} scenes with these settings")

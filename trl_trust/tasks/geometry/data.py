@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import count, product
 from multiprocessing import get_context
 from typing import Any
@@ -38,6 +39,9 @@ class Settings:
         bootstrap_rounds: rounds in which the half of `pool` scenes with the longest proofs is extended, 0..10.
         style: `"prose"` or `"terse"`; a terse prompt is a line of text, the other a conversation.
         coordinates: say in the prompt where the points lie.
+        images: a column `image` with the picture, a PNG; VLM trainers of TRL read it. A conversation's words stay as
+            they are: TRL puts the image before them.
+        image_size: of a side in pixels, 64 to 2048.
         max_attempts: scenes a row, on average, before it gives up.
 
     Raises:
@@ -57,6 +61,8 @@ class Settings:
     pool: int = 16
     style: str = "prose"
     coordinates: bool = True
+    images: bool = False
+    image_size: int = 336
     max_attempts: int = 50
 
     def __post_init__(self):
@@ -74,6 +80,8 @@ class Settings:
             ("bootstrap_rounds", 0 <= self.bootstrap_rounds <= 10, "a whole number in 0..10"),
             ("pool", self.pool >= 2, "a whole number of at least 2"),
             ("style", self.style in STYLES, f"one of {', '.join(STYLES)}"),
+            ("images", not self.images or self.style == "prose", "with style='prose' only: TRL wants a conversation"),
+            ("image_size", 64 <= self.image_size <= 2048, "a whole number in 64..2048"),
             ("max_attempts", self.max_attempts >= 1, "a whole number of at least 1"),
         ]
         for name, fits, mend in rules:
@@ -188,7 +196,17 @@ def as_row(problem: Problem, scene_id: str, rng: random.Random, settings: Settin
         "scene_id": scene_id,
         "trace": text,
         "completion": text if settings.style == "terse" else [{"role": "assistant", "content": text}],
+        **({"image": png(problem, settings.image_size)} if settings.images else {}),
     }
+
+
+def png(problem: Problem, size: int) -> dict[str, Any]:
+    """The picture as `datasets` stores an image."""
+    from .picture import draw_picture
+
+    kept = BytesIO()
+    draw_picture(problem.points, [*problem.premises, *problem.distractors], problem.goal, size).save(kept, "png")
+    return {"bytes": kept.getvalue(), "path": None}
 
 
 def rows(
@@ -244,22 +262,30 @@ def geometry_dataset(n: int = 1000, seed: int = 0, *, split: str = "train", tier
     Returns:
         `datasets.Dataset` with the columns `prompt`, `answer` (`"45"`, `"2*sqrt(3)"`), `goal`, `premises`, `points`
         and `solutions` (JSON), `proof_length`, `premise_ratio`, `tier`, `canonical`, `scene_id`, and a text to
-        imitate as `trace` and as `completion`, which SFT reads. Every row has passed the independent checker.
+        imitate as `trace` and as `completion`, which SFT reads; with `images`, `image`. Every row has passed the
+        independent checker.
 
     Raises:
         ValueError: for a setting out of its range.
         RuntimeError: where a filter leaves too few.
     """
-    from datasets import Dataset
-
     if n < 1 or split not in SPLITS:
         raise ValueError(f"n={n!r}, split={split!r}: n is at least 1 and split one of {', '.join(SPLITS)}")
-    return Dataset.from_list(list(rows(n, seed, Settings(**settings), split=split, tiers=tiers, workers=workers)))
+    made = Settings(**settings)
+    return as_dataset(list(rows(n, seed, made, split=split, tiers=tiers, workers=workers)))
+
+
+def as_dataset(table: list[dict[str, Any]]):
+    """`datasets.Dataset` of the rows, whose `image`, if they have one, is decoded when it is read."""
+    from datasets import Dataset, Image
+
+    made = Dataset.from_list(table)
+    return made.cast_column("image", Image()) if "image" in made.column_names else made
 
 
 def digest(table) -> str:
-    """A hash of the rows, in their order: what names a test set that is not committed as data."""
+    """A hash of the rows, in their order: what names a test set that is not committed. Pictures are left out."""
     total = hashlib.blake2b(digest_size=8)
     for row in table:
-        total.update(json.dumps({key: row[key] for key in sorted(row)}, sort_keys=True).encode())
+        total.update(json.dumps({key: row[key] for key in sorted(row) if key != "image"}, sort_keys=True).encode())
     return total.hexdigest()
