@@ -11,6 +11,7 @@ _HOMES = {
     "check": ("verify_proof", "verify_row"),
     "claims": ("claims",),
     "closure": ("Closure", "Diagram"),
+    "curriculum": ("GeometryCurriculum",),
     "data": ("geometry_dataset",),
     "facts": ("Fact", "Root", "parse_fact"),
     "picture": ("draw_picture",),
