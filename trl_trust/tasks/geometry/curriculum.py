@@ -50,7 +50,7 @@ class GeometryCurriculum(TrainerCallback):
     """Draws problems whose proofs are about as long as the policy can do.
 
     After each log with a reward, `kappa <- clip(kappa + eta (mean reward - 1/2))`, between the shortest and the
-    longest proof in the data. A generation sees rows of the length next to kappa, chosen by index, so that TRL's repeats
+    longest proof in the data. A generation sees rows of the length next to kappa, chosen by index, so that the repeats
     of a prompt stay repeats; which rows changes with kappa's move. Logged as `geometry/kappa`.
 
     What a batch sees depends on the step at which it is used and on the log before it, not on when a loader fetched
