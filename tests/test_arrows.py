@@ -74,7 +74,8 @@ def test_the_ground_floor_knows_no_trainer(module):
 def test_tasks_import_no_trainer(module):
     ours = [f"trl_trust.{room}" for room in (*TRAINING, "script", "quickstart", "baseline")]
     assert reached(module, *ours) == []
-    assert [name for name in IMPORTS[module] if name.startswith(("trl.", "transformers.")) and "Trainer" in name] == []
+    theirs = [name for name in IMPORTS[module] if name.startswith(("trl.", "transformers.")) and "Trainer" in name]
+    assert [name for name in theirs if name != "transformers.TrainerCallback"] == []  # which is any trainer's
 
 
 @pytest.mark.parametrize("module", in_rooms("evaluation"))

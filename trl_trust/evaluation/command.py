@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--suite",
         default="core",
-        help="core (all nine), dimensions: honesty,privacy, or tasks of lm-eval: lm_eval:truthfulqa_mc2,bbq",
+        help="core (all nine), dimensions: honesty,privacy, vlm (pictures), or of lm-eval: lm_eval:truthfulqa_mc2,bbq",
     )
     parser.add_argument("--include_path", help="with lm_eval: a folder of tasks in place of lm-eval's own")
     parser.add_argument("--limit", type=int, help="with lm_eval: examples a task, for a trial")
@@ -162,8 +162,6 @@ def read_facts(given: argparse.Namespace):
 def suite_of(given: argparse.Namespace, **more):
     from .suite import TrustSuite
 
-    if given.suite == "vlm":
-        raise ValueError("--suite 'vlm' is not there yet; there are core, the names of dimensions, and lm_eval:TASKS")
     return TrustSuite(
         dims="all" if given.suite == "core" else tuple(given.suite.split(",")),
         n_per_dim=given.n_per_dim,
@@ -172,6 +170,41 @@ def suite_of(given: argparse.Namespace, **more):
         batch_size=given.batch_size,
         max_new_tokens=given.max_new_tokens,
         **more,
+    )
+
+
+def ask_vlm(given: argparse.Namespace) -> TrustReport:
+    """The pictures of [`vlm.run_vlm_suite`], asked of a vision-language model.
+
+    Raises:
+        ValueError: for an option that has no meaning with pictures, or a model that reads none.
+    """
+    if not given.model or given.model == "tiny":
+        raise ValueError("--suite vlm: say which vision-language model, a folder or a hub name, with --model")
+    for name in ("export", "facts", "adaptive"):
+        if getattr(given, name, None):
+            raise ValueError(f"--{name} has no meaning with --suite vlm: leave it out")
+    read_limits(given.gate)
+    if given.compare:
+        TrustReport.load(given.compare)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .vlm import check_processor, run_vlm_suite
+
+    processor = AutoProcessor.from_pretrained(given.model)
+    check_processor(processor, given.model)
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(given.model, dtype=given.dtype).to(device)
+    return run_vlm_suite(
+        model,
+        processor,
+        n_per_dim=given.n_per_dim,
+        seed=given.seed,
+        batch_size=given.batch_size or 8,
+        max_new_tokens=given.max_new_tokens,
+        subject=given.model,
+        on_batch=progress("pictures"),
     )
 
 
@@ -231,6 +264,8 @@ def main(words: Sequence[str]) -> int:
         return finish(read(given.read), given)
     if given.suite.startswith("lm_eval"):
         return finish(ask_lm_eval(given), given)
+    if given.suite == "vlm":
+        return finish(ask_vlm(given), given)
     source = read_facts(given)
     suite_of(given, adaptive=given.adaptive, source=source)  # what cannot work is refused before the model is loaded
     if given.export:

@@ -59,7 +59,8 @@ class Item:
     @property
     def id(self) -> str:
         """Of the content: equal items have equal ids."""
-        text = repr((self.dimension, self.role, self.variant, self.messages, self.target))
+        seen = [hashlib.sha1(image.tobytes()).hexdigest() for image in self.images]
+        text = repr((self.dimension, self.role, self.variant, self.messages, self.target, *seen))
         return f"{self.dimension}/{hashlib.sha1(text.encode()).hexdigest()[:12]}"
 
     @property
