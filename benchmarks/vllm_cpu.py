@@ -83,16 +83,19 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--out", type=Path, help="JSON; cases that it holds are kept and not run again")
     parser.add_argument("--one", nargs=3, metavar=("NAME", "MODE", "LORA"))
     args = parser.parse_args()
     if args.one:
         name, mode, lora = args.one
         print("FOUND " + json.dumps(one(name, mode, lora == "lora")), flush=True)
         return 0
-    cases = {}
+    cases = json.loads(args.out.read_text())["cases"] if args.out and args.out.exists() else {}
     names = args.names or [method.name for method in hosted("grpo")]
-    for name, mode, kind in product(names, MODES, ("full", "lora")):
+    for name, mode, kind in product(names, args.modes, ("full", "lora")):
+        if f"{name} {mode} {kind}" in cases:
+            continue
         command = [sys.executable, __file__, "--one", name, mode, kind]
         done = subprocess.run(command, capture_output=True, text=True)
         found = [line[6:] for line in done.stdout.splitlines() if line.startswith("FOUND ")]
