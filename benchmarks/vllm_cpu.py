@@ -103,12 +103,13 @@ def main() -> int:
             case = json.loads(found[0])
             case["follows"] = len(case["gaps"]) > 1 and max(case["gaps"]) < BOUND
         else:
-            case = {"follows": False, "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+            said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            case = {"refused": said} if "does not read" in said else {"follows": False, "error": said}
         cases[f"{name} {mode} {kind}"] = case
         print(name, mode, kind, case, flush=True)
         if args.out:
             args.out.write_text(json.dumps({"bound": BOUND, "cases": cases}, indent=1) + "\n")
-    return 0 if all(case["follows"] for case in cases.values()) else 1
+    return 0 if all(case.get("follows", True) for case in cases.values()) else 1
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ COLUMNS = {
     "bf16": "bf16",
     "resume": "resume",
     "evaluation": "evaluation",
+    "tools": "tools and environments",
 }
 NOT_RUN = {  # column -> why no cell of it is recorded
-    "tools and environments": "no test of the grid has a template with tools yet",
     "VLM": "no test of the grid has a processor built offline yet",
     "vLLM colocate": "an environment of its own; of benchmarks/vllm_cpu.py only one case was run",
     "vLLM server": "TRL's weight sync refuses devices that are not CUDA",

@@ -11,10 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import parameter_gap, tiny_config, tiny_trainer
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trl_trust.methods import get_method, hosted
 from trl_trust.quickstart.task import build_tokenizer, problems
+from trl_trust.tasks.coopetition import coopetition_dataset, coopetition_env_factory, coopetition_metrics
+from trl_trust.tasks.coopetition.game import Game
+from trl_trust.tasks.coopetition.start import build_start
 
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -27,6 +30,7 @@ FEATURES = {
     "bf16": {"bf16": True},
     "resume": {"save_strategy": "steps", "save_steps": 4},
     "evaluation": EVALUATION,
+    "tools": {},
 }
 SHORT = {"dispo"}
 CASES = [
@@ -61,6 +65,36 @@ def save_moe(path, router: bool) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def player(tmp_path_factory):
+    """A tiny policy that writes legal tool calls."""
+    return str(build_start(tmp_path_factory.mktemp("player"), Game(rounds=2), steps=60))
+
+
+def build_player(name, path, folder):
+    """A trainer in an environment of two rounds, whose calls come from the policy itself."""
+    method, extra = get_method(name), layouts.SETTINGS.get(name, {})
+    extra = extra() if callable(extra) else extra
+    module, env = import_module(method.module), coopetition_env_factory(rounds=2)
+    settings = {"num_iterations": 2, "max_steps": 4, "steps_per_generation": 1, "per_device_train_batch_size": 16}
+    if name == "vpd":  # episodes that invest more than nothing count as solved: without one there is no teacher
+        settings |= {"success_reward_threshold": -1.0, "max_teacher_prompt_length": 1024}
+    settings |= {"learning_rate": 5e-3, **env.grpo_kwargs(tokenizer=AutoTokenizer.from_pretrained(path))}
+    args = tiny_config(getattr(module, method.config), folder, **{**settings, **extra.get("config", {})})
+    arguments = dict(extra.get("trainer", {}))
+    if "teacher_model" in arguments:
+        arguments["teacher_model"] = AutoModelForCausalLM.from_pretrained(path)
+    return tiny_trainer(
+        getattr(module, method.trainer),
+        path,
+        args,
+        reward_funcs=coopetition_metrics,
+        train_dataset=coopetition_dataset(32),
+        environment_factory=env,
+        **arguments,
+    )
+
+
 def build(name, feature, model_path, folder, **changes):
     method, extra = get_method(name), layouts.SETTINGS.get(name, {})
     extra = extra() if callable(extra) else extra
@@ -80,11 +114,15 @@ def build(name, feature, model_path, folder, **changes):
 
 
 @pytest.mark.parametrize(("feature", "name"), CASES)
-def test_a_method_trains_under_a_feature(feature, name, tiny_model_path, tmp_path):
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_a_method_trains_under_a_feature(feature, name, tiny_model_path, tmp_path, request):
     path = tiny_model_path
     if feature.startswith("moe"):
         path = save_moe(tmp_path / "moe", router=feature == "moe_router")
-    trainer = build(name, feature, path, tmp_path / "run", **({"max_steps": 6} if feature == "resume" else {}))
+    if feature == "tools":
+        trainer = build_player(name, request.getfixturevalue("player"), tmp_path / "run")
+    else:
+        trainer = build(name, feature, path, tmp_path / "run", **({"max_steps": 6} if feature == "resume" else {}))
     before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
     trainer.train()
     log = trainer.state.log_history
@@ -101,6 +139,9 @@ def test_a_method_trains_under_a_feature(feature, name, tiny_model_path, tmp_pat
         assert trainer.accelerator.unwrap_model(trainer.model).is_gradient_checkpointing
     if feature == "bf16":
         assert trainer.accelerator.mixed_precision == "bf16"
+    if feature == "tools":
+        assert max(record.get("tools/call_frequency", 0) for record in log) > 1
+        assert max(record.get("coopetition/rounds_played", 0) for record in log) > 1
     if feature == "evaluation":
         assert sum("eval_reward" in record for record in log) == 2
     if feature == "resume":
