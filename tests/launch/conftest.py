@@ -45,7 +45,10 @@ def pytest_sessionfinish(session):
         path = Path(path)
         record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        record |= {"commit": commit, "date": datetime.date.today().isoformat()}
-        record["versions"] = {name: version(name) for name in ("torch", "trl", "transformers", "deepspeed")}
-        record["cells"] |= CELLS
+        stamp = {"commit": commit, "date": datetime.date.today().isoformat()}
+        if len(CELLS) >= len(record["cells"]):  # a whole run
+            record |= stamp
+            record["versions"] = {name: version(name) for name in ("torch", "trl", "transformers", "deepspeed")}
+            stamp = {}
+        record["cells"] |= {key: cell | stamp for key, cell in CELLS.items()}
         path.write_text(json.dumps(record, indent=1) + "\n")

@@ -71,6 +71,10 @@ def table(record: dict) -> str:
         shown = name.replace("+", ", `step_control=") + ("`" if "+" in name else "")
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     lines += ["", *(f"({i}) {words}" for i, words in enumerate(refusals, 1))]
+    later = {
+        key.split(" ", 1)[1].partition("@")[0]: found for key, found in record["cells"].items() if "commit" in found
+    }
+    lines += [f"{name}: run on {found['date']} at commit {found['commit']}" for name, found in later.items()]
     return "\n".join(lines)
 
 
