@@ -161,10 +161,11 @@ class Comparison:
         rates = sorted({rate for by in cell.values() for rate in by})
         head = ["entry", *(f"{rate:g}" for rate in rates), "best", "mean", "largest rate within 90 % of the best"]
         rows = []
-        for entry, by in sorted(cell.items(), key=lambda item: -mean(item[1].values())):
+        for entry, by in sorted(cell.items(), key=lambda item: -max(item[1].values())):
             best, average, largest = judge.window(by)
             scores = [number(by[rate]) if rate in by else "not run" for rate in rates]
-            rows.append([entries()[entry].title, *scores, number(best), number(average), f"{largest:g}"])
+            average = number(average) if len(by) == len(rates) else ""  # of another grid, it would compare nothing
+            rows.append([entries()[entry].title, *scores, number(best), average, f"{largest:g}"])
         return markdown(head, rows)
 
     # ----------------------------------------------------------------------------------------------------------------
