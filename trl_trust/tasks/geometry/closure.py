@@ -245,6 +245,7 @@ class Closure:
         self.derived: list[Derived] = []
         self.place: dict[Fact, int] = {}
         self._values: dict[str, tuple[int, Fact | None]] = {}
+        self._followed: dict[Fact, int | bool] = {}
         self.directions, self.lengths = LinearSystem(), LinearSystem()
         for fact in premises:
             self._enter(Derived(fact))
@@ -289,8 +290,15 @@ class Closure:
         return found
 
     def follows(self, fact: Fact) -> bool:
-        systems = zip((self.directions, self.lengths), self.diagram.equations(fact), strict=True)
-        return not any(system.rest(row) for system, rows in systems for row in rows)
+        """Whether the equations give the fact's; what followed once stays, what did not is asked again when they are
+        more."""
+        size = len(self.directions.rows) + len(self.lengths.rows)
+        when = self._followed.get(fact, -1)
+        if when is not True and when < size:
+            systems = zip((self.directions, self.lengths), self.diagram.equations(fact), strict=True)
+            when = size if any(system.rest(row) for system, rows in systems for row in rows) else True
+            self._followed[fact] = when
+        return when is True
 
     def prove(self, fact: Fact) -> int | None:
         """The place of the fact, chased from the others and written down if need be; -1 if it says nothing, `None` if
