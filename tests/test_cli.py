@@ -100,7 +100,9 @@ def test_looking_around_imports_neither_torch_nor_trl():
 @pytest.mark.parametrize("method", METHODS, ids=METHOD_NAMES)
 def test_help_shows_the_fields_that_the_config_has(method, capsys):
     config = getattr(import_module(method.module), method.config)
-    own = set(config.__annotations__) & {f.name for f in dataclasses.fields(config)}
+    stating = [base for base in config.__mro__ if base.__name__.endswith("Settings") and base.__name__ != "Settings"]
+    own = {name for base in (config, *stating) for name in base.__annotations__}
+    own &= {f.name for f in dataclasses.fields(config)}
     stated = cli.stated_fields(method.module, method.config)
     assert {name for name, _, _ in stated} == own
     for name, default, text in stated:

@@ -380,9 +380,9 @@ def method_help(name: str) -> str:
         f"{method.title}'s own fields": stated_fields(source.module, source.config),
     }
     arguments = HOSTS[method.host].arguments
-    if method.host not in ("flow", "trainer"):  # whose arguments are their own
+    if method.host not in ("flow", "trainer", "sft", "reward"):  # whose arguments are their own, or TRL's
         sections["Data and reward"] = stated_fields("trl_trust.script", "TrustScriptArguments")
-    if arguments != "TrustScriptArguments":
+    if arguments not in ("TrustScriptArguments", "ScriptArguments"):
         sections[f"{method.title} as a whole"] = stated_fields(method.script, arguments)
     if source is not method:
         sections["Step control there"] = stated_fields("trl_trust.asynchronous.config", "AsyncTrustGRPOConfig")
@@ -413,9 +413,10 @@ def method_help(name: str) -> str:
 
 def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
     """(name, default, help) of the fields that a config class itself states, read from its source: importing it
-    would take seconds. It has to state them as `name: type = setting(default, "help")`, or with `field`."""
-    found = []
-    for node in class_body(source_of(module), config):
+    would take seconds. It has to state them as `name: type = setting(default, "help")`, or with `field`. Those of a
+    base whose name ends in `Settings`, such as `GroupSettings`, count among them."""
+    source, found = source_of(module), []
+    for node in class_body(source, config):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
         if ast.unparse(node.value.func) == "setting":
@@ -426,7 +427,20 @@ def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
             default = given.get("default", given.get("default_factory"))
             text = ast.literal_eval(given["metadata"])["help"]
         found.append((node.target.id, ast.unparse(default), text))
+    names = [name for name, _, _ in found]
+    (bases,) = [node.bases for node in source if isinstance(node, ast.ClassDef) and node.name == config]
+    for base in map(ast.unparse, bases):
+        if base.endswith("Settings") and base != "Settings":
+            found += [row for row in stated_fields(home_of(base, module, source), base) if row[0] not in names]
     return found
+
+
+def home_of(name: str, module: str, source: list[ast.stmt]) -> str:
+    """The module that a name of `module` is defined in: itself, or what it is imported from, by dots."""
+    for node in source:
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            return ".".join([*module.split(".")[: -node.level], node.module])
+    return module
 
 
 def unread_fields(module: str, config: str) -> list[str]:

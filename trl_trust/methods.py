@@ -28,7 +28,8 @@ class Host:
         base: `module:Class`, the trainer that every trainer of this host extends.
         script: module behind `trl-trust NAME`, with `make_parser(method, prog)` and `prepare(words, method)`, which
             reads the words of a command line and returns the training, ready to start.
-        arguments: class name, in `script`, of the arguments that stand beside config and model.
+        arguments: class name, in `script`, of the arguments that stand beside config and model; TRL's own where it is
+            `ScriptArguments`.
     """
 
     base: str
@@ -46,8 +47,8 @@ HOSTS = {
     ),
     "trainer": Host("transformers:Trainer", "trl_trust.unlearn.script", "UnlearnScriptArguments"),
     "flow": Host("transformers:Trainer", "trl_trust.flow.script", "FlowScriptArguments"),
-    "sft": Host("trl:SFTTrainer", "trl_trust.robust.script"),
-    "reward": Host("trl:RewardTrainer", "trl_trust.robust.script"),
+    "sft": Host("trl:SFTTrainer", "trl_trust.robust.script", "ScriptArguments"),
+    "reward": Host("trl:RewardTrainer", "trl_trust.robust.script", "ScriptArguments"),
 }
 
 
