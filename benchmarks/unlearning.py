@@ -248,7 +248,8 @@ def cost(folder: str) -> dict:
     memory = {}
     for rank in (None, 0, 8):
         command = [sys.executable, __file__, "memory", "--rank", str(-1 if rank is None else rank)]
-        memory["off" if rank is None else f"rank {rank}"] = json.loads(subprocess.check_output(command, text=True))
+        said = subprocess.check_output(command, text=True).splitlines()[-1]  # above it, the trainer's own lines
+        memory["off" if rank is None else f"rank {rank}"] = json.loads(said)
     return {"ratio": ratios, "memory": memory}
 
 
