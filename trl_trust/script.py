@@ -306,11 +306,16 @@ def load_data(script_args: TrustScriptArguments, dataset_args):
         raise ValueError(f"cannot load the data set {name or ''}: {error.__cause__ or error}") from error
 
 
-def prepare_split(splits, split: str, script_args: TrustScriptArguments):
-    """Return one split with a `prompt` column, in the form that `prompt_column` and `system_prompt` ask for."""
+def take_split(splits, split: str):
+    """One split of a data set. Raises ValueError, naming those there are, where it is not among them."""
     if split not in splits:
         raise ValueError(f"the data set has no split {split!r}; it has {', '.join(splits)}")
-    data, column, system = splits[split], script_args.prompt_column, script_args.system_prompt
+    return splits[split]
+
+
+def prepare_split(splits, split: str, script_args: TrustScriptArguments):
+    """Return one split with a `prompt` column, in the form that `prompt_column` and `system_prompt` ask for."""
+    data, column, system = take_split(splits, split), script_args.prompt_column, script_args.system_prompt
     columns = column_names(data)
     if column not in columns:
         raise ValueError(
@@ -387,9 +392,7 @@ def build_trainer(
     """
     from trl import get_peft_config, get_quantization_config
 
-    model = model_args.model_name_or_path
-    if model is None or (model.startswith((".", "/")) and not os.path.isdir(model)):
-        raise ValueError(f"model_name_or_path={model!r}: set it to a model on the Hub, or to a directory")
+    model = model_of(model_args)
     rewards = [load_reward_func(name, training_args.max_completion_length) for name in script_args.reward_funcs or ()]
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
@@ -414,12 +417,7 @@ def build_trainer(
         )
     training_args.resume_from_checkpoint = find_checkpoint(training_args)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = {**init_kwargs(model_args), **(training_args.model_init_kwargs or {})}
     trainer = (trainer_class or getattr(import_module(method.module), method.trainer))(
         model=model,
         reward_funcs=rewards,
@@ -434,6 +432,23 @@ def build_trainer(
     check_reward_columns(readers, column_names(train), READER_PROVIDES)
     trainer.get_optimizer_cls_and_kwargs(training_args, trainer.model)  # raises for a wrong `optim_args`
     return trainer
+
+
+def model_of(model_args) -> str:
+    """The model that is named. Raises ValueError where none is, or a directory that is not there."""
+    model = model_args.model_name_or_path
+    if model is None or (model.startswith((".", "/")) and not os.path.isdir(model)):
+        raise ValueError(f"model_name_or_path={model!r}: set it to a model on the Hub, or to a directory")
+    return model
+
+
+def init_kwargs(model_args) -> dict[str, Any]:
+    """How TRL's scripts load the model that a `ModelConfig` describes."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
 
 
 def find_model(model: str, revision: str | None, trust_remote_code: bool, field: str = "model_name_or_path") -> None:

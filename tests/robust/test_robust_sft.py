@@ -189,7 +189,7 @@ def test_worked_numbers_of_the_terms():
     torch.testing.assert_close(delta, torch.tensor([[0.3, 0.4], [0.0, 0.0]]))
     pooled = pool(torch.tensor([[[1.0, 7.0], [3.0, -7.0], [9.0, 9.0]]]), torch.tensor([[1, 1, 0]]))
     torch.testing.assert_close(pooled, torch.tensor([[2**0.5, 0.0]]), atol=1e-5, rtol=0)
-    assert chance(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])) == 0.75
+    assert chance(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1]), 2, 2) == 0.75
 
 
 @pytest.mark.parametrize("host", HOSTS)

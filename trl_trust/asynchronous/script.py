@@ -4,7 +4,6 @@ Rollouts come from a vLLM server that runs beside it (`vllm_server_base_url`), o
 very process (`local_lag`).
 """
 
-import os
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from ..script import (
     find_checkpoint,
     find_model,
     load_data,
+    model_of,
     prepare_split,
     run,
 )
@@ -98,9 +98,7 @@ def build_trainer(method: Method, script_args: AsyncScriptArguments, training_ar
     """
     from trl import get_peft_config
 
-    model = model_args.model_name_or_path
-    if model is None or (model.startswith((".", "/")) and not os.path.isdir(model)):
-        raise ValueError(f"model_name_or_path={model!r}: set it to a model on the Hub, or to a directory")
+    model = model_of(model_args)
     if script_args.reward_model_name_or_path:
         raise ValueError(
             f"reward_model_name_or_path={script_args.reward_model_name_or_path!r}: the asynchronous trainer scores "

@@ -13,6 +13,7 @@ from ..script import (
     TrustScriptArguments,
     check_reward_columns,
     column_names,
+    init_kwargs,
     load_data,
     prepare_split,
 )
@@ -70,11 +71,6 @@ def load_sources(script_args, config: RolloutsConfig, model_args, dataset_args) 
 
 
 def model_init_kwargs(model_args) -> dict[str, Any]:
-    """How TRL's scripts load the model that a `ModelConfig` describes."""
+    """[`init_kwargs`], and the quantization that a `ModelConfig` describes."""
     quantization = get_quantization_config(model_args)
-    return {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **({} if quantization is None else {"quantization_config": quantization}),
-    }
+    return init_kwargs(model_args) | ({} if quantization is None else {"quantization_config": quantization})

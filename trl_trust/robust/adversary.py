@@ -11,6 +11,32 @@ from ..settings import Count, Fraction, NonNegative, Settings, setting
 from .weights import TINY, raise_groups, row_weights
 
 
+SURVEY = (
+    "Towards Trustworthy and Aligned Machine Learning: A Data-centric Survey with Causality Perspectives",
+    "2307.16851",
+    "Haoyang Liu and Maheep Chaudhary and Haohan Wang",
+)
+
+
+def column_of(args, field: str, data) -> str:
+    """The column that a field names.
+
+    Raises:
+        ValueError: if the data have no such column, or no known length.
+    """
+    column, known = getattr(args, field), getattr(data, "column_names", None)
+    if not hasattr(data, "__len__") or known is None:
+        raise ValueError(f"{field}={column!r} needs a data set of known length: load it without streaming.")
+    if column not in known:
+        raise ValueError(f"{field}={column!r} is not in the data, which have {', '.join(known)}.")
+    return column
+
+
+def places(rows: Iterable[dict[str, Any]], column: str, index: dict[str, int]) -> list[int]:
+    """The place of each row's value in `index`; -1 for one that is not there."""
+    return [index.get(str(row.get(column)), -1) for row in rows]
+
+
 @dataclass
 class GroupSettings(Settings):
     """The fields of a config that trains with group weights. Stands before the config of the host."""
@@ -63,7 +89,7 @@ class Groups:
 
     def of(self, rows: Iterable[dict[str, Any]]) -> list[int]:
         """The group of each row; -1 for one that the training data do not have."""
-        return [self.index.get(str(row.get(self.args.group_column)), -1) for row in rows]
+        return places(rows, self.args.group_column, self.index)
 
     def weigh(self, losses: Tensor, groups: Tensor) -> Tensor:
         """Raise the groups with large `losses` (K,), and return the weights (B,) float64 of the rows in `groups`.

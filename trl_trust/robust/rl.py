@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..policy.base import GenerationBatch, TrustGRPOConfig, TrustGRPOTrainer, paper
 from ..settings import NonNegative, setting
-from .adversary import Groups, GroupSettings
+from .adversary import SURVEY, Groups, GroupSettings, column_of
 from .consistency import SiblingReward, consistency_reward, flip_rate
 from .weights import group_means, shortfall
 
@@ -89,21 +89,13 @@ class GroupRobustMixin:
             raise ValueError("there are two consistency rewards: leave out pair_column, or the one in reward_funcs.")
         self.siblings = siblings[0] if siblings else None
         if self.args.group_column is not None:
-            self._check_column("group_column")
-            self.groups = Groups(self.train_dataset.unique(self.args.group_column), self.args)
-
-    def _check_column(self, field: str) -> None:
-        column, known = getattr(self.args, field), getattr(self.train_dataset, "column_names", None)
-        if not hasattr(self.train_dataset, "__len__") or known is None:
-            raise ValueError(f"{field}={column!r} needs a data set of known length: load it without streaming.")
-        if column not in known:
-            raise ValueError(f"{field}={column!r} is not in the data, which have {', '.join(known)}.")
+            column = column_of(self.args, "group_column", self.train_dataset)
+            self.groups = Groups(self.train_dataset.unique(column), self.args)
 
     def _add_reward(self) -> None:
-        self._check_column("pair_column")
-        self._check_column("variant_column")
         args = self.args
-        reward = consistency_reward(args.pair_column, args.variant_column, rate=args.consistency_rate)
+        columns = [column_of(args, field, self.train_dataset) for field in ("pair_column", "variant_column")]
+        reward = consistency_reward(*columns, rate=args.consistency_rate)
         weight = self.reward_weights.new_tensor([args.consistency_weight])
         # TRL 1.16 zips these three; lists of its own, not the caller's
         self.reward_funcs = [*self.reward_funcs, reward]
@@ -193,8 +185,4 @@ class RobustGRPOTrainer(GroupRobustMixin, TrustGRPOTrainer):
     config_class = RobustGRPOConfig
     _name = "Robust GRPO"
     _tag_names = ["trl", "trl-trust", "robust-grpo"]
-    _paper = paper(
-        "Towards Trustworthy and Aligned Machine Learning: A Data-centric Survey with Causality Perspectives",
-        "2307.16851",
-        "Haoyang Liu and Maheep Chaudhary and Haohan Wang",
-    )
+    _paper = paper(*SURVEY)

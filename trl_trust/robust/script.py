@@ -1,6 +1,5 @@
 """`trl-trust robust-sft` and `robust-reward --config recipe.yaml`: TRL's SFT and reward scripts with robust terms."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -8,7 +7,16 @@ from importlib import import_module
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..methods import Method
-from ..script import RecipeParser, find_checkpoint, find_model, load_data, run
+from ..script import (
+    RecipeParser,
+    find_checkpoint,
+    find_model,
+    init_kwargs,
+    load_data,
+    model_of,
+    run,
+    take_split,
+)
 
 
 def make_parser(method: Method, prog: str | None = None) -> RecipeParser:
@@ -31,27 +39,19 @@ def prepare(words: list[str], method: Method) -> Callable[[], None]:
 
 def build_trainer(method: Method, script_args, training_args, model_args, dataset_args):
     """The trainer of `method`, ready to train. Raises as [`prepare`] does."""
-    model = model_args.model_name_or_path
-    if model is None or (model.startswith((".", "/")) and not os.path.isdir(model)):
-        raise ValueError(f"model_name_or_path={model!r}: set it to a model on the Hub, or to a directory")
+    model = model_of(model_args)
     splits = load_data(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
-    for split in (script_args.dataset_train_split, *([script_args.dataset_test_split] if evaluates else [])):
-        if split not in splits:
-            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(splits)}")
+    train = take_split(splits, script_args.dataset_train_split)
+    evaluation = take_split(splits, script_args.dataset_test_split) if evaluates else None
     find_model(model, model_args.model_revision, training_args.trust_remote_code)
     training_args.resume_from_checkpoint = find_checkpoint(training_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = {**init_kwargs(model_args), **(training_args.model_init_kwargs or {})}
     trainer = getattr(import_module(method.module), method.trainer)(
         model=model,
         args=training_args,
-        train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=splits[script_args.dataset_test_split] if evaluates else None,
+        train_dataset=train,
+        eval_dataset=evaluation,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )

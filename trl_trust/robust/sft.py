@@ -12,9 +12,10 @@ the host's. No private name of TRL is touched.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from ..policy.base import paper
 from ..policy.checkpoint import damaged, write_whole
 from ..settings import Count, Fraction, NonNegative, Positive, check, setting
 from ..steps import GuardedSteps
-from .adversary import Groups, GroupSettings
+from .adversary import SURVEY, Groups, GroupSettings, column_of, places
 from .terms import Reader, ascend, chance, pool, reversal
 from .weights import group_means
 
@@ -38,11 +39,6 @@ from .weights import group_means
 TERMS = ("reweight", "worst_case", "invariance")
 STATE = "trl_trust_robust.pt"  # in a checkpoint's folder
 GROUP, CONDITION = "robust_group", "robust_condition"  # keys of a batch
-PAPER = paper(
-    "Towards Trustworthy and Aligned Machine Learning: A Data-centric Survey with Causality Perspectives",
-    "2307.16851",
-    "Haoyang Liu and Maheep Chaudhary and Haohan Wang",
-)
 
 
 @dataclass
@@ -89,17 +85,20 @@ class RobustTermSettings(GroupSettings):
 
 
 class WithColumns:
-    """A collator that hands on what another one makes, and the group and condition of each row beside it."""
+    """A collator that hands on what another one makes, and the group and condition of each row beside it.
 
-    def __init__(self, collate, columns: dict[str, Any]):
-        self.collate, self.columns = collate, columns
+    Args:
+        collate: the other one; it does not see the columns.
+        columns: their names in the data.
+        read: by key of the batch, what makes a whole number of each row.
+    """
+
+    def __init__(self, collate, columns: list[str], read: dict[str, Callable[[list[dict[str, Any]]], list[int]]]):
+        self.collate, self.columns, self.read = collate, columns, read
 
     def __call__(self, rows: list[dict[str, Any]], *args) -> dict[str, Any]:
-        names = {column for column, _ in self.columns.values()}
-        batch = self.collate([{k: v for k, v in row.items() if k not in names} for row in rows], *args)
-        for key, (column, index) in self.columns.items():
-            batch[key] = torch.tensor([index.get(str(row.get(column)), -1) for row in rows])
-        return batch
+        batch = self.collate([{k: v for k, v in row.items() if k not in self.columns} for row in rows], *args)
+        return batch | {key: torch.tensor(read(rows)) for key, read in self.read.items()}
 
 
 class RobustState(TrainerCallback):
@@ -134,20 +133,23 @@ class RobustLossMixin:
         super().__init__(*args, **kwargs)
         self._delta: Tensor | None = None  # (B, T, d), added to the embeddings where set
         self._hidden: Tensor | None = None  # the last forward's states, where they are read
-        self._logs: dict[str, list[float]] = defaultdict(list)
+        self._logs: dict[str, list[float | Tensor]] = defaultdict(list)  # tensors are read when they are logged
         if not self.args.terms:
             return
         self._refuse()
-        columns = {}
+        columns, read, conditions = [], {}, {}
         if self.args.group_column is not None:
-            self.groups = Groups(self._values("group_column"), self.args)
-            columns[GROUP] = (self.args.group_column, self.groups.index)
+            columns.append(column_of(self.args, "group_column", self.train_dataset))
+            self.groups = Groups(self.train_dataset.unique(columns[-1]), self.args)
+            read[GROUP] = self.groups.of
         if self.args.condition_on is not None:
-            self.conditions = sorted({str(value) for value in self._values("condition_on")})
-            columns[CONDITION] = (self.args.condition_on, {name: i for i, name in enumerate(self.conditions)})
+            column = column_of(self.args, "condition_on", self.train_dataset)
+            columns.append(column)
+            conditions = {name: i for i, name in enumerate(sorted(set(map(str, self.train_dataset.unique(column)))))}
+            read[CONDITION] = partial(places, column=column, index=conditions)
         if columns:
             self.args.remove_unused_columns = False  # the collator drops what the host does not read
-            self.data_collator = WithColumns(self.data_collator, columns)
+            self.data_collator = WithColumns(self.data_collator, columns, read)
         if "worst_case" in self.args.terms:
             self.model.get_input_embeddings().register_forward_hook(self._perturb)
             self._moving = self._tokens_of(self.args.perturb_words)
@@ -155,8 +157,7 @@ class RobustLossMixin:
             inner = backbone(self.model) or causal_lm(self.model)
             inner.register_forward_hook(self._read)
             width = causal_lm(self.model).config.get_text_config().hidden_size
-            conditions = len(self.conditions) if self.args.condition_on else 0
-            self.reader = Reader(width, len(self.groups.names), conditions)
+            self.reader = Reader(width, len(self.groups.names), len(conditions))
             self.reader.head.to(self.args.device)
         self.add_callback(RobustState(self))
 
@@ -170,14 +171,6 @@ class RobustLossMixin:
                 )
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError(f"terms={list(self.args.terms)} and compute_loss_func: one loss can be used, not both.")
-
-    def _values(self, field: str) -> list:
-        column, known = getattr(self.args, field), getattr(self.train_dataset, "column_names", None)
-        if not hasattr(self.train_dataset, "__len__") or known is None:
-            raise ValueError(f"{field}={column!r} needs a data set of known length: load it without streaming.")
-        if column not in known:
-            raise ValueError(f"{field}={column!r} is not in the data, which have {', '.join(known)}.")
-        return self.train_dataset.unique(column)
 
     def _tokens_of(self, words: list[str] | None) -> Tensor | None:
         """Token ids of the words, at the start of a text and after a blank; None for None."""
@@ -221,7 +214,7 @@ class RobustLossMixin:
                 loss = self.row_losses(self.forward_rows(plain, inputs)).sum()
             (grad,) = torch.autograd.grad(loss, delta)
             delta = ascend(delta.detach(), grad * moving.unsqueeze(-1), size / self.args.ascent_steps)
-        self._logs["robust/delta_norm"].append(delta.flatten(1).norm(dim=1).mean().item())
+        self._logs["robust/delta_norm"].append(delta.flatten(1).norm(dim=1).mean())
         return delta
 
     def robust_forward(self, model: nn.Module, inputs: dict[str, Any]):
@@ -244,6 +237,7 @@ class RobustLossMixin:
     def _weigh(self, losses: Tensor, groups: Tensor) -> Tensor:
         """Weights (B,) of this process's rows, from their losses (B,); steps the adversary."""
         both = self.accelerator.gather(torch.stack([losses.detach().float(), groups.float()], dim=1))  # (N, 2)
+        both = both.cpu()  # the one look at the device: the adversary lives on the CPU
         everyone = both[:, 1].long()
         means, _ = group_means(both[:, 0], everyone, len(self.groups.names))
         weights = self.groups.weigh(means, everyone)  # (N,)
@@ -254,7 +248,7 @@ class RobustLossMixin:
         self._logs["robust/worst"].append(means.nan_to_num(nan=-torch.inf).max().item())
         self._logs["robust/weight_max"].append(weights.max().item())
         start = self.accelerator.process_index * len(losses)
-        return weights[start : start + len(losses)].to(losses.dtype)
+        return weights[start : start + len(losses)].to(losses)
 
     def _invariance(self, inputs: dict[str, Any], groups: Tensor, conditions: Tensor) -> Tensor:
         """0-d: minus the reader's cross-entropy, as far as the run has come."""
@@ -262,7 +256,9 @@ class RobustLossMixin:
         self._hidden = None
         everyone = [self.accelerator.gather(x) for x in (features.detach(), conditions, groups)]
         self._logs["robust/adversary_accuracy"].append(self.reader.fit(*everyone))
-        self._logs["robust/adversary_chance"].append(chance(everyone[2], everyone[1]))
+        self._logs["robust/adversary_chance"].append(
+            chance(everyone[2], everyone[1], len(self.groups.names), max(1, self.reader.num_conditions))
+        )
         progress = self.state.global_step / max(self.state.max_steps, 1)
         factor = reversal(progress) * self.args.invariance_weight
         return -factor * self.reader.loss(features, conditions, groups)
@@ -277,7 +273,7 @@ class RobustLossMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._logs and not any(name.startswith("eval_") for name in logs):
-            logs = logs | {name: sum(values) / len(values) for name, values in self._logs.items()}
+            logs = logs | {name: float(sum(values) / len(values)) for name, values in self._logs.items()}
             self._logs.clear()
         super().log(logs, start_time)
 
@@ -347,7 +343,7 @@ class RobustSFTTrainer(RobustLossMixin, GuardedSteps, SFTTrainer):
 
     _name = "Robust SFT"
     _tag_names = ["trl", "trl-trust", "robust-sft"]
-    _paper = PAPER
+    _paper = paper(*SURVEY)
 
     def forward_rows(self, model: nn.Module, inputs: dict[str, Any]) -> SimpleNamespace:
         outputs = model(**{**inputs, "use_cache": False, "fused_lm_head": True})
@@ -403,7 +399,7 @@ class RobustRewardTrainer(RobustLossMixin, GuardedSteps, RewardTrainer):
 
     _name = "Robust reward model"
     _tag_names = ["trl", "trl-trust", "robust-reward"]
-    _paper = PAPER
+    _paper = paper(*SURVEY)
 
     def forward_rows(self, model: nn.Module, inputs: dict[str, Any]) -> SimpleNamespace:
         margin = inputs.get("margin")

@@ -70,11 +70,11 @@ class Reader:
         weight, bias = self.head.weight, self.head.bias
         return nn.functional.linear(features, *((weight.detach(), bias.detach()) if still else (weight, bias)))
 
-    def fit(self, features: Tensor, conditions: Tensor, groups: Tensor) -> float:
-        """Learn on a batch of all processes; returns the share of it that was read right beforehand."""
+    def fit(self, features: Tensor, conditions: Tensor, groups: Tensor) -> Tensor:
+        """Learn on a batch of all processes; returns the share of it that was read right beforehand, 0-d."""
         features = features.detach()
         with torch.enable_grad():
-            right = (self.logits(features, conditions).argmax(1) == groups).float().mean().item()
+            right = (self.logits(features, conditions).argmax(1) == groups).float().mean()
             for _ in range(self.steps):
                 self.optimizer.zero_grad()
                 nn.functional.cross_entropy(self.logits(features, conditions), groups).backward()
@@ -93,8 +93,8 @@ class Reader:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def chance(groups: Tensor, conditions: Tensor) -> float:
-    """What guessing reads right: the largest group of each condition, as a share of the rows (B,)."""
-    table = torch.zeros(int(conditions.max()) + 1, int(groups.max()) + 1)
-    table.index_put_((conditions.cpu(), groups.cpu()), torch.ones(len(groups)), accumulate=True)
-    return (table.max(1).values.sum() / len(groups)).item()
+def chance(groups: Tensor, conditions: Tensor, num_groups: int, num_conditions: int) -> Tensor:
+    """What guessing reads right: the largest group of each condition, as a share of the rows (B,); 0-d."""
+    pairs = groups.new_zeros(num_conditions * num_groups)
+    pairs.scatter_add_(0, conditions * num_groups + groups, torch.ones_like(groups))
+    return pairs.view(num_conditions, num_groups).max(1).values.sum() / len(groups)

@@ -4,7 +4,6 @@ With `model_name_or_path: facts` the model is one that has learnt the generated 
 a table stands it beside the plain procedure and a model that never saw what was to be forgotten.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from trl import ModelConfig, get_peft_config
 
 from ..methods import Method
-from ..script import RecipeParser, find_checkpoint, find_model, run
+from ..script import RecipeParser, find_checkpoint, find_model, model_of, run
 
 
 BILLION = 10**9
@@ -92,13 +91,11 @@ def build_trainer(method: Method, script_args, training_args, model_args) -> tup
     """The trainer of `method`, ready to train, and its data. Raises as [`prepare`] does."""
     from .data import load_unlearning
 
-    name = model_args.model_name_or_path
     for known in fields(ModelConfig):
         value, default = getattr(model_args, known.name), getattr(UnlearnModelConfig(), known.name)
         if known.name not in READ and value != default:
             raise ValueError(f"{known.name}={value!r} is not read by {method.title}; leave it out.")
-    if name is None or (name.startswith((".", "/")) and not os.path.isdir(name)):
-        raise ValueError(f"model_name_or_path={name!r}: set it to a model on the Hub, or to a directory")
+    name = model_of(model_args)
     if script_args.dataset_name is None:
         raise ValueError("dataset_name=None: set it to tofu, muse-news, muse-books, wmdp-cyber, wmdp-bio or facts")
     if name == "facts" and script_args.dataset_name != "facts":
