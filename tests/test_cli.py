@@ -17,7 +17,7 @@ import yaml
 from datasets import Dataset
 
 from trl_trust import cli, script
-from trl_trust.methods import METHODS, get_method, hosted
+from trl_trust.methods import HOSTS, METHODS, get_method, hosted
 from trl_trust.optimizers import OPTIMIZERS, get_optimizer
 from trl_trust.tools import Tool
 
@@ -110,11 +110,12 @@ def test_help_shows_the_fields_that_the_config_has(method, capsys):
         assert text == field.metadata["help"]
         assert default == repr(field.default) or not isinstance(field.default, (str, int, float, type(None)))
 
+    arguments = getattr(import_module(method.script), HOSTS[method.host].arguments)
     assert cli.main([method.name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(
         f"--{name} " in shown
-        for name in [*own, *(() if method.host in ("trainer", "sft", "reward") else ("reward_funcs", "prompt_column"))]
+        for name in [*own, *({"reward_funcs", "prompt_column"} & {f.name for f in dataclasses.fields(arguments)})]
     )
     assert "--help-all" in shown
     for name in cli.unread_fields(method.module, method.config):

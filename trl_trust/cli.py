@@ -379,10 +379,11 @@ def method_help(name: str) -> str:
     sections = {
         f"{method.title}'s own fields": stated_fields(source.module, source.config),
     }
-    arguments = HOSTS[method.host].arguments
-    if method.host not in ("flow", "trainer", "sft", "reward"):  # whose arguments are their own, or TRL's
-        sections["Data and reward"] = stated_fields("trl_trust.script", "TrustScriptArguments")
-    if arguments not in ("TrustScriptArguments", "ScriptArguments"):
+    arguments, ours = HOSTS[method.host].arguments, "TrustScriptArguments"
+    given = class_of(source_of(method.script), arguments)  # None: TRL's own
+    if given and ours in (arguments, *map(ast.unparse, given.bases)):
+        sections["Data and reward"] = stated_fields("trl_trust.script", ours)
+    if given and arguments != ours:
         sections[f"{method.title} as a whole"] = stated_fields(method.script, arguments)
     if source is not method:
         sections["Step control there"] = stated_fields("trl_trust.asynchronous.config", "AsyncTrustGRPOConfig")
@@ -416,7 +417,8 @@ def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
     would take seconds. It has to state them as `name: type = setting(default, "help")`, or with `field`. Those of a
     base whose name ends in `Settings`, such as `GroupSettings`, count among them."""
     source, found = source_of(module), []
-    for node in class_body(source, config):
+    stating = class_of(source, config)
+    for node in stating.body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
         if ast.unparse(node.value.func) == "setting":
@@ -428,8 +430,7 @@ def stated_fields(module: str, config: str) -> list[tuple[str, str, str]]:
             text = ast.literal_eval(given["metadata"])["help"]
         found.append((node.target.id, ast.unparse(default), text))
     names = [name for name, _, _ in found]
-    (bases,) = [node.bases for node in source if isinstance(node, ast.ClassDef) and node.name == config]
-    for base in map(ast.unparse, bases):
+    for base in map(ast.unparse, stating.bases):
         if base.endswith("Settings") and base != "Settings":
             found += [row for row in stated_fields(home_of(base, module, source), base) if row[0] not in names]
     return found
@@ -455,7 +456,7 @@ def unread_fields(module: str, config: str) -> list[str]:
             elif ast.unparse(value) in tables:  # `**TABLE` of the same module; the base class's is left out
                 collect(tables[ast.unparse(value)])
 
-    for node in class_body(source, config):
+    for node in class_of(source, config).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if ast.unparse(target) == "unread_fields":
@@ -470,9 +471,9 @@ def source_of(module: str) -> list[ast.stmt]:
     return ast.parse(path.read_text("utf-8")).body
 
 
-def class_body(source: list[ast.stmt], name: str) -> list[ast.stmt]:
-    """The statements of a class among those of its module."""
-    return next(node.body for node in source if isinstance(node, ast.ClassDef) and node.name == name)
+def class_of(source: list[ast.stmt], name: str) -> ast.ClassDef | None:
+    """The class of that name among the statements of a module; None where it is not defined there."""
+    return next((node for node in source if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 
 def show_methods() -> None:

@@ -86,19 +86,31 @@ def model_path(given: argparse.Namespace) -> str | Path:
     return cached_tiny(on_step=progress("building the tiny model, once"))
 
 
+def check_end(given: argparse.Namespace) -> None:
+    """Refuse before the work what [`finish`] could not use after it."""
+    read_limits(given.gate)
+    if given.compare:
+        TrustReport.load(given.compare)
+
+
+def load_weights(auto: str, path: str | Path, given: argparse.Namespace):
+    """The model at `path` through transformers' class `auto`, where the options want it."""
+    import torch
+    import transformers
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return getattr(transformers, auto).from_pretrained(path, dtype=given.dtype).to(device)
+
+
 def load_model(given: argparse.Namespace):
     """Model, tokenizer and subject of the options."""
     if not given.model:
         raise ValueError("--model: say which, a folder, a hub name, or `tiny` for one that is built on the spot")
-    read_limits(given.gate)  # what the end will need is refused before the work
-    if given.compare:
-        TrustReport.load(given.compare)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    check_end(given)
+    from transformers import AutoTokenizer
 
     subject, path = given.model, model_path(given)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=given.dtype).to(device)
+    model = load_weights("AutoModelForCausalLM", path, given)
     return model, AutoTokenizer.from_pretrained(path), subject
 
 
@@ -184,20 +196,15 @@ def ask_vlm(given: argparse.Namespace) -> TrustReport:
     for name in ("export", "facts", "adaptive"):
         if getattr(given, name, None):
             raise ValueError(f"--{name} has no meaning with --suite vlm: leave it out")
-    read_limits(given.gate)
-    if given.compare:
-        TrustReport.load(given.compare)
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    check_end(given)
+    from transformers import AutoProcessor
 
     from .vlm import check_processor, run_vlm_suite
 
     processor = AutoProcessor.from_pretrained(given.model)
     check_processor(processor, given.model)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(given.model, dtype=given.dtype).to(device)
     return run_vlm_suite(
-        model,
+        load_weights("AutoModelForImageTextToText", given.model, given),
         processor,
         n_per_dim=given.n_per_dim,
         seed=given.seed,

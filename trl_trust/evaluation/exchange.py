@@ -17,7 +17,7 @@ from pathlib import Path
 from ..lookup import near
 from .dimensions import DIMENSIONS
 from .items import Item, answer_of, passed
-from .report import Score, TrustReport
+from .report import Score, TrustReport, name_of
 from .stats import z_value
 from .suite import Tally, TrustSuite, report_of
 
@@ -232,8 +232,7 @@ def run_lm_eval(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return read_lm_eval(results, subject or name)
+    return read_lm_eval(results, subject or name_of(model))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -380,6 +380,11 @@ class TrustReport:
         return [*(score.name for score in self.scores), *dict.fromkeys(key for row in self.rows for key in row)]
 
 
+def name_of(model) -> str:
+    """Where a model came from; its class where it was built on the spot."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
 def environment(model_id: str | None = None, device: str | None = None) -> dict:
     """What a report's `meta` says of where it comes from: model, versions, machine, git commit of this package."""
     versions = {}

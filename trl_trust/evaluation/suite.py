@@ -16,7 +16,7 @@ from ..settings import Count as CountKind
 from ..settings import Fraction, Integer, OpenFraction, Settings, check, setting
 from .dimensions import DIMENSIONS
 from .items import SPLITS, VARIANTS, Draw, InventedFacts, Item, answer_of, passed
-from .report import Score, TrustReport, environment
+from .report import Score, TrustReport, environment, name_of
 from .stats import wilson
 
 
@@ -338,7 +338,7 @@ def run_trust_suite(
         )
 
     tallies = ask(suite, answer, evaluation=evaluation)
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = name_of(model)
     seconds = time.perf_counter() - started
     meta = {
         **environment(name, str(getattr(model, "device", "cpu"))),

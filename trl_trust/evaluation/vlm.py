@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 
 from .items import PROTOCOL, REFUSE, UNKNOWN, Item, invented_name
-from .report import TrustReport, environment
+from .report import TrustReport, environment, name_of
 from .suite import Tally
 
 
@@ -297,7 +297,7 @@ def run_vlm_suite(
         obeyed = [answer_of(o[0]) == slot[0].wrong for slot, o in zip(tally.slots, tally.outputs, strict=True)]
         scores.append(Score.proportion("policy_adherence/obeyed", sum(obeyed), len(obeyed), higher_is_better=None,
                                        paired_with="policy_adherence"))  # fmt: skip
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = name_of(model)
     meta = {
         **environment(name, str(getattr(model, "device", "cpu"))),
         "items": len(items),

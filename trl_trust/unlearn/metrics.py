@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from ..evaluation import Score, TrustReport
-from ..evaluation.report import environment
+from ..evaluation.report import environment, name_of
 from .data import UnlearningData, encode, pad, prompt_of, right_answer
 from .losses import answer_logps
 
@@ -323,7 +323,7 @@ def unlearning_report(
         Score("loss_attack_auc", auc, kind="other", higher_is_better=None),
         Score("privleak", leak, kind="other", higher_is_better=None),
     ]
-    name = subject or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = subject or name_of(model)
     meta = {
         **environment(name),
         "data": data.name,

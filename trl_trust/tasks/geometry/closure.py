@@ -289,10 +289,15 @@ class Closure:
                 found |= {place for place, _ in used}
         return found
 
+    @property
+    def _size(self) -> int:
+        """How many equations are known; they only become more."""
+        return len(self.directions.rows) + len(self.lengths.rows)
+
     def follows(self, fact: Fact) -> bool:
         """Whether the equations give the fact's; what followed once stays, what did not is asked again when they are
         more."""
-        size = len(self.directions.rows) + len(self.lengths.rows)
+        size = self._size
         when = self._followed.get(fact, -1)
         if when is not True and when < size:
             systems = zip((self.directions, self.lengths), self.diagram.equations(fact), strict=True)
@@ -329,7 +334,7 @@ class Closure:
 
     def value(self, goal: Fact) -> Fact | None:
         """The goal with its value, if that is determined."""
-        size = len(self.directions.rows) + len(self.lengths.rows)
+        size = self._size
         when, known = self._values.get(goal.goal, (-1, None))
         if known is None and when < size:  # a value that is known stays
             known = self._value(goal)

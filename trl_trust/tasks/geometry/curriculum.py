@@ -93,6 +93,7 @@ class GeometryCurriculum(TrainerCallback):
         self.rows = args.per_device_train_batch_size * args.steps_per_generation
         self.updates = args.gradient_accumulation_steps
         self.fetched, self.state = 0, trainer.state
+        self._found = None, (0, self.start)  # an update, and what holds for all its rows
         trainer.train_dataset = NearKappa(data, lengths, self)
 
     def history(self, before: int) -> list[float]:
@@ -108,12 +109,15 @@ class GeometryCurriculum(TrainerCallback):
         """
         update = self.fetched // self.rows // self.updates
         self.fetched += 1
-        found = self.history(update - 1)
-        return len(found) - 1, found[-1]
+        if self._found[0] != update:
+            found = self.history(update - 1)
+            self._found = update, (len(found) - 1, found[-1])
+        return self._found[1]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.state = state
         self.fetched = state.global_step * self.updates * self.rows  # what came before a resume is skipped, not read
+        self._found = None, (0, self.start)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and self.reward in logs:
