@@ -32,6 +32,9 @@ ORDER = (
     *("sapo", "vespo", "gmpo", "trpa", "opmd", "dr_grpo", "dapo_corrected", "dapo_step_control", "opmd_tau_05"),
     *("rlad", "vpd"),
 )
+OPTIMIZERS = tuple(
+    f"{name}{more}" for name in ("muon", "auon", "hybrid_auon", "fismo", "tram") for more in ("", "_step_control")
+)
 # Where an entry is the reference under another name, it is not run
 ONLY_IN = {"dapo_corrected": ("mismatch_02", "mismatch_1", "mismatch_int8")}
 

@@ -66,7 +66,7 @@ class Entry:
 
     Attributes:
         kind: `stock` (TRL's own), `control`, `ours`, `teacher` (has more to go by than the others), `extra` (another
-            constant than the default).
+            constant than the default), `optimizer` (the reference's term under another optimizer).
         trainer, config: Dotted paths of classes.
         fields: Of the config.
         teacher: Field that takes the path of a teacher.

@@ -109,8 +109,8 @@ def test_every_entry_and_regime_is_stated_rightly():
         assert batch == 256
     for entry in work.entries().values():
         assert not work.missing_fields(entry), entry.name
-        assert entry.kind in ("stock", "control", "ours", "teacher", "extra")
-    assert set(run.ORDER) | {"dapo_here"} == set(work.entries())
+        assert entry.kind in ("stock", "control", "ours", "teacher", "extra", "optimizer")
+    assert set(run.ORDER) | set(run.OPTIMIZERS) | {"dapo_here"} == set(work.entries())
 
 
 def test_every_method_of_the_table_is_an_entry(tmp_path):
