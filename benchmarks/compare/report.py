@@ -17,11 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import judge
-from records import FIRST_TUNING_START, RESULTS, STARTS, read, tuned_rate, tuning_scores
+from records import FIRST_TUNING_START, GRID, RESULTS, STARTS, TUNING, read, tuned_rate, tuning_scores
 from work import entries, regimes
 
 
 REFERENCE = "dapo"
+ADAMW = (REFERENCE, "dapo_step_control")  # what the optimizers are compared with
 OWN = "own"  # in place of a rate: the one that tuning chose for each entry
 PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
 # Of the committed page: a marker and what stands between it and its end
@@ -36,6 +37,8 @@ HYPOTHESES = {
     "H4": ("DHPO lies between GRPO and GSPO", "mini_batches"),
     "H5": ("DPPO holds under stale rollouts", "lag_32"),
     "H6": ("a trust region matters once a generation is used several times", "reuse"),
+    "O1": ("Muon collapses under RL with verifiable rewards", "mini_batches"),
+    "O2": ("a bounded step mends that", "mini_batches"),
 }
 
 
@@ -57,42 +60,58 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def title(cell) -> str:
-    task, regime, rate = cell
-    return f"{task}, {regime}: " + (
-        "each entry at its own best rate" if rate == OWN else f"learning rate {rate:g} for all"
-    )
-
-
-def name_of(cell) -> str:
-    """The cell's marker on the page: `addition reuse 0.0001`."""
-    return " ".join(part if isinstance(part, str) else f"{part:g}" for part in cell)
-
-
 class Comparison:
-    """The records, sorted: runs[task, regime, rate][entry][start]; the rate may be `OWN`."""
+    """The records, sorted: runs[task, regime, rate][entry][start]; the rate may be `OWN`.
 
-    def __init__(self, records: list[dict], whole: int = len(STARTS)):
-        self.whole = whole
-        self.records = [r for r in records if not r["overrides"]]
+    Args:
+        records: as [`records.read`] finds them.
+        whole: runs without which an entry is not judged.
+        family: `optimizer` compares the entries of that kind, with AdamW and its step control, `""` all others.
+    """
+
+    def __init__(self, records: list[dict], whole: int = len(STARTS), family: str = ""):
+        self.whole, self.family = whole, family
+        self.entries = {
+            name: entry
+            for name, entry in entries().items()
+            if (entry.kind == "optimizer") == bool(family) or (family and name in ADAMW)
+        }
+        self.records = [r for r in records if not r["overrides"] and r["entry"] in self.entries]
         self.runs = {}
         for r in self.records:
             if r["start"] < FIRST_TUNING_START:
                 cell = self.runs.setdefault((r["task"], r["regime"], r["learning_rate"]), {})
                 cell.setdefault(r["entry"], {})[r["start"]] = r
-        for (task, regime, entry), scores in tuning_scores(self.records).items():
+        self.tuning = tuning_scores(self.records)
+        for (task, regime, entry), scores in self.tuning.items():
             rate, beyond = tuned_rate(scores)
             runs = self.runs.get((task, regime, rate), {}).get(entry)
             if runs and (beyond is None or beyond in scores):
                 self.runs.setdefault((task, regime, OWN), {})[entry] = runs
-        alone = [cell for cell, found in self.runs.items() if cell[2] == OWN and set(found) == {REFERENCE}]
-        for cell in alone:  # a table of the reference at its own rate compares nothing
+        alone = [cell for cell, found in self.runs.items() if self.compares_nothing(cell, set(found))]
+        for cell in alone:
             del self.runs[cell]
 
+    def title(self, cell) -> str:
+        task, regime, rate = cell
+        at = "each entry at its own best rate" if rate == OWN else f"learning rate {rate:g} for all"
+        return f"{'optimizers, ' if self.family else ''}{task}, {regime}: {at}"
+
+    def name_of(self, cell) -> str:
+        """The cell's marker on the page: `addition reuse 0.0001`."""
+        parts = (*([self.family] if self.family else []), *cell)
+        return " ".join(part if isinstance(part, str) else f"{part:g}" for part in parts)
+
+    def compares_nothing(self, cell, found: set[str]) -> bool:
+        """Whether a table holds the reference alone, or of a family no member."""
+        return found <= set(ADAMW) if self.family else cell[2] == OWN and found == {REFERENCE}
+
     def cells(self) -> list[tuple[str, str, float | str]]:
+        """What is shown: where the reference was run, or each entry at its own rate."""
         order = list(regimes())
         rate = lambda value: (value == OWN, 0 if value == OWN else value)
-        return sorted(self.runs, key=lambda cell: (cell[0], order.index(cell[1]), rate(cell[2])))
+        shown = [cell for cell, found in self.runs.items() if REFERENCE in found or cell[2] == OWN]
+        return sorted(shown, key=lambda cell: (cell[0], order.index(cell[1]), rate(cell[2])))
 
     def judged(self, cell) -> dict[str, dict]:
         """What [`judge.compare`] says in a cell; nothing while the reference is not whole there."""
@@ -148,11 +167,10 @@ class Comparison:
     def windows(self) -> list[tuple[str, str, dict[str, dict[float, float]]]]:
         """Per task and regime: entry -> rate -> mean score, of entries that are whole at two rates or more."""
         found = defaultdict(lambda: defaultdict(dict))
-        for task, regime, rate in self.cells():
-            if rate == OWN:
-                continue
+        order = list(regimes())
+        for task, regime, rate in sorted(self.runs, key=lambda cell: (cell[0], order.index(cell[1]), str(cell[2]))):
             for entry, runs in self.runs[task, regime, rate].items():
-                if len(runs) >= self.whole:
+                if rate in GRID and len(runs) >= self.whole:
                     found[task, regime][entry][rate] = mean(r["score"] for r in runs.values())
         wide = {key: {e: by for e, by in cell.items() if len(by) > 1} for key, cell in found.items()}
         return [(*key, cell) for key, cell in wide.items() if cell]
@@ -167,6 +185,18 @@ class Comparison:
             average = number(average) if len(by) == len(rates) else ""  # of another grid, it would compare nothing
             rows.append([entries()[entry].title, *scores, number(best), average, f"{largest:g}"])
         return markdown(head, rows)
+
+    def tuning_table(self, task: str, regime: str) -> str:
+        """Mean scores over the tuning starts, by rate, and the rate that was chosen; nothing where none was."""
+        found = {entry: by for (t, r, entry), by in self.tuning.items() if (t, r) == (task, regime)}
+        rates = sorted({rate for by in found.values() for rate in by})
+        rows = []
+        for entry, by in found.items():
+            rate, beyond = tuned_rate(by)
+            done = beyond is None or beyond in by
+            chosen = f"{rate:g}" if done and set(TUNING) <= set(by) else "not tuned to the end"
+            rows.append([entries()[entry].title, *(number(mean(by[x])) if x in by else "" for x in rates), chosen])
+        return markdown(["entry", *(f"{rate:g}" for rate in rates), "chosen"], rows) if rows else ""
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -208,6 +238,16 @@ class Comparison:
             low, high = min(scores[0], scores[2]) - judge.MARGIN, max(scores[0], scores[2]) + judge.MARGIN
             held = "holds" if low <= scores[1] <= high else "refuted"
             return f"{held}: GRPO {scores[0]:.3f}, DHPO {scores[1]:.3f}, GSPO {scores[2]:.3f}"
+        if name in ("O1", "O2"):
+            first, second = (REFERENCE, "muon") if name == "O1" else ("muon", "muon_step_control")
+            runs = [self.whole_runs(cell, entry) for entry in (first, second)]
+            if not all(runs) or (cell[2] == OWN) != (name == "O1"):
+                return ""
+            k, m = (sum(map(judge.collapsed, found.values())) for found in runs)
+            text = f"{entries()[first].title} collapses in {k} of {len(runs[0])}, {entries()[second].title} in {m}"
+            if name == "O1":
+                return f"{'not refuted' if m > k else 'refuted'}: {text}"
+            return f"{'not tested' if k == 0 else 'holds' if m < k else 'refuted'}: {text}"
         entry, wanted = {"H3": ("alp", "better"), "H5": ("dppo", "better"), "H6": ("no_trust_region", "worse")}[name]
         if "verdict" not in judged.get(entry, {}):
             return ""
@@ -218,8 +258,10 @@ class Comparison:
     def hypotheses(self) -> str:
         rows = []
         for name, (claim, regime) in HYPOTHESES.items():
+            if name.startswith("O") != bool(self.family):
+                continue
             cells = [cell for cell in self.cells() if cell[1] == regime]
-            answers = [f"{name_of(cell)}: {said}" for cell in cells if (said := self.answer(name, cell))]
+            answers = [f"{self.name_of(cell)}: {said}" for cell in cells if (said := self.answer(name, cell))]
             rows.append([name, claim, regime, "; ".join(answers) or "not run"])
         return markdown(["", "claim", "regime", "here"], rows)
 
@@ -227,10 +269,10 @@ class Comparison:
         """Entries without a whole cell in a regime that was begun, and regimes that were not."""
         lines = []
         for task, regime, rate in self.cells():
-            if rate == OWN:
+            if rate == OWN or not self.whole_runs((task, regime, rate), REFERENCE):
                 continue
-            whole = [name for name in entries() if self.whole_runs((task, regime, rate), name)]
-            absent = [entry.title for name, entry in entries().items() if name not in whole]
+            whole = [name for name in self.entries if self.whole_runs((task, regime, rate), name)]
+            absent = [entry.title for name, entry in self.entries.items() if name not in whole]
             if absent:
                 lines.append(f"- {task}, {regime}, rate {rate:g}: {', '.join(absent)}\n")
         begun = {(task, regime) for task, regime, _ in self.cells()}
@@ -240,39 +282,53 @@ class Comparison:
                 lines.append(f"- {task}: {', '.join(absent)}\n")
         return "".join(lines)
 
-    def markdown(self) -> str:
-        """All tables."""
-        text = ["# The comparison: all tables\n\n"]
-        text.append(
-            "Made by `python benchmarks/compare/report.py` from the records beside this file; the rules are in\n"
-        )
-        text.append(
-            "[benchmarks/compare/README.md](../../compare/README.md). Score: mean held-out pass@1 of the last five\n"
-        )
-        text.append(
-            "of ten checkpoints. Differences are paired by start. `to .5`: generations to pass@1 of .5, median.\n"
-        )
+    def sections(self) -> str:
+        """All tables of the family."""
+        text, prefix = [], "optimizers, " if self.family else ""
         for cell in self.cells():
-            n = sum(map(len, self.runs[cell].values()))
-            text.append(f"\n## {title(cell)}\n\n")
-            regime = cell[1]
-            text.append(f"{regimes()[regime].title[0].upper()}{regimes()[regime].title[1:]}. {n} runs.\n\n")
-            text.append(self.table(cell))
+            n, regime = sum(map(len, self.runs[cell].values())), regimes()[cell[1]].title
+            text.append(f"\n## {self.title(cell)}\n\n{regime[0].upper()}{regime[1:]}. {n} runs.\n\n{self.table(cell)}")
         for task, regime, cell in self.windows():
-            text.append(f"\n## {task}, {regime}: the window of learning rates\n\n{self.window_table(cell)}")
-        text.append(f"\n## Hypotheses\n\n{self.hypotheses()}\n## Not run\n\n{self.not_run()}")
-        seconds = [r["cpu_seconds"] + r["measuring_cpu_seconds"] for r in self.records]
-        if seconds:
-            text.append(
-                f"\n{len(seconds)} runs, {sum(seconds) / 3600:.1f} CPU hours, {mean(seconds):.0f} CPU s a run.\n"
-            )
+            text.append(f"\n## {prefix}{task}, {regime}: the window of learning rates\n\n{self.window_table(cell)}")
+        for task, regime in sorted({cell[:2] for cell in self.runs if cell[2] == OWN}):
+            text.append(f"\n## {prefix}{task}, {regime}: tuning, on starts of its own\n\n")
+            text.append(self.tuning_table(task, regime))
         return "".join(text)
 
     def blocks(self) -> dict[str, str]:
         """The tables of the page, by the names of its markers."""
-        found = {name_of(cell): self.short_table(cell) for cell in self.cells()}
-        found |= {f"{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
-        return found | {"hypotheses": self.hypotheses(), "not run": self.not_run()}
+        prefix = f"{self.family} " if self.family else ""
+        found = {self.name_of(cell): self.short_table(cell) for cell in self.cells()}
+        found |= {f"{prefix}{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
+        return found | {f"{prefix}hypotheses": self.hypotheses(), f"{prefix}not run": self.not_run()}
+
+
+class Report:
+    """Everything that is made from `records`: the entries, and the optimizers apart from them."""
+
+    def __init__(self, records: list[dict], whole: int = len(STARTS)):
+        self.records, self.entries = records, Comparison(records, whole)
+        self.families = [self.entries, Comparison(records, whole, "optimizer")]
+
+    def markdown(self) -> str:
+        """All tables."""
+        text = [
+            "# The comparison: all tables\n\n"
+            "Made by `python benchmarks/compare/report.py` from the records beside this file; the rules are in\n"
+            "[benchmarks/compare/README.md](../../compare/README.md). Score: mean held-out pass@1 of the last five\n"
+            "of ten checkpoints. Differences are paired by start. `to .5`: generations to pass@1 of .5, median.\n"
+        ]
+        text += [family.sections() for family in self.families]
+        text.append(f"\n## Hypotheses\n\n{self.entries.hypotheses()}")
+        if self.families[1].runs:
+            text.append(f"\n{self.families[1].hypotheses()}")
+        text.append(f"\n## Not run\n\n{self.entries.not_run()}")
+        seconds = [r["cpu_seconds"] + r["measuring_cpu_seconds"] for r in self.records if not r["overrides"]]
+        text.append(f"\n{len(seconds)} runs, {sum(seconds) / 3600:.1f} CPU hours, {mean(seconds):.0f} CPU s a run.\n")
+        return "".join(text)
+
+    def blocks(self) -> dict[str, str]:
+        return {name: table for family in self.families for name, table in family.blocks().items()}
 
 
 def fill(page: str, blocks: dict[str, str]) -> str:
@@ -326,7 +382,7 @@ def draw_forest(comparison: Comparison, cell, path: Path) -> Path | None:
         )
     ax.set_yticks(range(len(rows)), [entries()[e].title for e, _ in reversed(rows)])
     ax.set_xlabel(f"score minus the reference's, paired by start, with 97.5 % intervals; margin {judge.MARGIN} shaded")
-    ax.set_title(title(cell), loc="left")
+    ax.set_title(comparison.title(cell), loc="left")
     return _save(figure, path)
 
 
@@ -385,11 +441,12 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
     """All pictures, SVG."""
     made = []
     for cell in comparison.cells():
-        stem = name_of(cell).replace(" ", "-")
+        stem = comparison.name_of(cell).replace(" ", "-")
         made.append(draw_forest(comparison, cell, folder / f"{stem}-forest.svg"))
         made.append(draw_curves(comparison, cell, folder / f"{stem}-curves.svg"))
+    prefix = f"{comparison.family}-" if comparison.family else ""
     for task, regime, cell in comparison.windows():
-        made.append(draw_window(f"{task}, {regime}", cell, folder / f"{task}-{regime}-window.svg"))
+        made.append(draw_window(f"{task}, {regime}", cell, folder / f"{prefix}{task}-{regime}-window.svg"))
     return [path for path in made if path]
 
 
@@ -398,13 +455,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, default=RESULTS, help="folder of the records; tables go there too")
     parser.add_argument("--starts", type=int, default=len(STARTS), help="runs without which an entry is not judged")
     args = parser.parse_args(argv)
-    comparison = Comparison(read(args.input), args.starts)
-    if not comparison.runs:
+    report = Report(read(args.input), args.starts)
+    if not report.entries.runs:
         parser.error(f"--input={args.input} holds no run of a start below {FIRST_TUNING_START}; run.py makes them")
-    made = [args.input / "tables.md", *draw(comparison, args.input)]
-    made[0].write_text(comparison.markdown())
+    made = [args.input / "tables.md", *(path for family in report.families for path in draw(family, args.input))]
+    made[0].write_text(report.markdown())
     if args.input == RESULTS and PAGE.exists():
-        PAGE.write_text(fill(PAGE.read_text(), comparison.blocks()))
+        PAGE.write_text(fill(PAGE.read_text(), report.blocks()))
         made.append(PAGE)
     print("\n".join(map(str, made)))
     return 0

@@ -1,6 +1,7 @@
 """The comparison: records, plan, entries, tables; the runs themselves are `run.py --smoke`."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -124,11 +125,11 @@ def test_every_method_of_the_table_is_an_entry(tmp_path):
 def test_the_committed_tables_are_those_of_the_records():
     records = read(RESULTS)
     assert records
-    comparison = report.Comparison(records)
-    assert (RESULTS / "tables.md").read_text() == comparison.markdown()
+    whole = report.Report(records)
+    assert (RESULTS / "tables.md").read_text() == whole.markdown()
     page = report.PAGE.read_text()
     assert len(list(report.BLOCK.finditer(page))) >= 2
-    assert report.fill(page, comparison.blocks()) == page
+    assert report.fill(page, whole.blocks()) == page
 
 
 def test_the_table_changes_with_the_records(tmp_path):
@@ -149,7 +150,7 @@ def test_the_table_changes_with_the_records(tmp_path):
     assert "old" not in filled
     assert filled.startswith("a\n<!-- addition") and filled.endswith("<!-- end -->\nb\n")
     assert report.main(["--input", str(tmp_path)]) == 0
-    assert (tmp_path / "tables.md").read_text() == comparison.markdown()
+    assert (tmp_path / "tables.md").read_text() == report.Report(read(tmp_path)).markdown()
     assert (tmp_path / "addition-reuse-0.0001-forest.svg").stat().st_size > 1000
 
 
@@ -159,14 +160,39 @@ def test_each_at_its_own_rate(tmp_path):
     drained(["--regime", "reuse", "--entry", *best], tmp_path, score)
     comparison = report.Comparison(read(tmp_path))
     cell = ("addition", "reuse", report.OWN)
-    assert comparison.cells() == [("addition", "reuse", 3e-4), ("addition", "reuse", 1e-3), cell]
+    assert comparison.cells() == [("addition", "reuse", 3e-4), cell]  # the reference was not run at 1e-3
     assert comparison.judged(cell)["dppo"]["mean"] == pytest.approx(0)
-    assert comparison.judged(("addition", "reuse", 1e-3)) == {}  # the reference was not run there
-    text = comparison.markdown()
+    text = report.Report(read(tmp_path)).markdown()
+    assert re.search(r"DPPO \(TV\) \| (0\.\d+ \| ){4}0.001 \|", text)  # four rates were tuned over
     assert "## addition, reuse: each entry at its own best rate" in text
     assert "| DPPO (TV) | 0.001 | 12 |" in text
     assert comparison.windows() == []
     assert f"{12 + 12 + 2 * 3 + 2 * 4} runs" in text
+
+
+def test_optimizers_are_a_family_of_their_own(tmp_path):
+    last = {"pass@8": 0.1, "entropy": 0.1, "kl": 3.0}
+    fallen = [{"generation": 4 * i, "pass@1": 0.01 if i > 5 else 0.5, **last} for i in range(1, 11)]
+    for entry, bad in (("dapo", False), ("muon", True), ("muon_step_control", False), ("dppo", False)):
+        for start in STARTS:
+            job = Job("addition", "mini_batches", entry, start, 3e-3)
+            write(tmp_path, job, made(job, 0.5 + 0.01 * start, **({"checkpoints": fallen} if bad else {})))
+    both = report.Report(read(tmp_path))
+    cell = ("addition", "mini_batches", 3e-3)
+    assert [set(family.runs[cell]) for family in both.families] == [
+        {"dapo", "dppo"},
+        {"dapo", "muon", "muon_step_control"},
+    ]
+    assert (
+        both.families[1]
+        .answer("O2", cell)
+        .startswith("holds: Muon collapses in 12 of 12, Muon with step control in 0")
+    )
+    assert both.families[1].answer("O1", cell) == ""  # asked at each one's own rate
+    assert "optimizer addition mini_batches 0.003" in both.blocks()
+    text = both.markdown()
+    assert text.index("## addition, mini_batches") < text.index("## optimizers, addition, mini_batches")
+    assert "Muon" not in text.partition("## Not run")[2]
 
 
 def test_a_run_is_watched_and_repeats_itself():
