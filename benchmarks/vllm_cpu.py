@@ -56,8 +56,7 @@ def one(name: str, mode: str, lora: bool) -> dict:
 
     from trl_trust.methods import get_method
 
-    method, extra = get_method(name), layouts.SETTINGS.get(name, {})
-    extra = extra() if callable(extra) else extra
+    method, extra = get_method(name), layouts.settings_of(name)
     if name == "alp":  # its noise on, five times the default: the sampler must not have it
         extra = {"config": {"perturbation_sigma": 0.05}}
     module = import_module(method.module)

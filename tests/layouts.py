@@ -64,6 +64,12 @@ def scripted(trainer_class):
     return Scripted
 
 
+def settings_of(name: str) -> dict:
+    """What `name` needs beside the settings of all: `config` and `trainer`, made anew where models are among it."""
+    extra = SETTINGS.get(name, {})
+    return extra() if callable(extra) else extra
+
+
 def run(
     name: str, model_path: str, output_dir: Path, processes: int, loss_type: str = "dapo"
 ) -> dict[str, torch.Tensor]:
@@ -80,8 +86,7 @@ def train(name: str, model_path: str, output_dir: Path, processes: int, loss_typ
     name, _, control = name.partition("+")
     method = get_method(name)
     module = import_module(method.module)
-    extra = SETTINGS.get(name, {})
-    extra = extra() if callable(extra) else extra
+    extra = settings_of(name)
     accumulation = ROWS // 4 // processes
     config = dict(
         optim="sgd",

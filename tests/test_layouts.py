@@ -1,13 +1,9 @@
 """Every method: two processes x accumulation 2 train like one process x accumulation 4."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import layouts
 import pytest
 import torch
+from tiny import on_two_processes
 from transformers import AutoModelForCausalLM
 
 
@@ -18,13 +14,7 @@ NAMES = layouts.everything()
 def two_processes(tiny_model_path, tmp_path_factory):
     """Parameters after training on two gloo processes, by method and rank: one launch for all methods."""
     out = tmp_path_factory.mktemp("two-processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "layouts.py"]
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(out), tiny_model_path, *NAMES], cwd=here, env=env, capture_output=True, text=True, timeout=540
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(layouts.__file__, out, tiny_model_path, *NAMES, timeout=540)
     return {(name, rank): torch.load(out / f"{name}-{rank}.pt") for name in NAMES for rank in (0, 1)}
 
 

@@ -1,7 +1,9 @@
 """Small things that many tests build: a model, a trainer, a batch in float64, a loss with its gradient."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,17 @@ def leave():
 def digits_reward(completions, **kwargs):
     """Share of digits in a completion: an untrained model earns different rewards within a group."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def on_two_processes(script, *words, timeout=300):
+    """Run `script` on two gloo processes, which can import what stands beside it, in the tests' folder and above."""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(script), *map(str, words)]
+    path = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class ZeRO3:

@@ -1,15 +1,12 @@
 """TRL's asynchronous trainer with an exchangeable term: GRPO's is stock's, and a method's is its synchronous one."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from given_rows import GivenRows, async_config, async_run, async_trainer, history, rows
-from tiny import parameter_gap, tiny_config, tiny_trainer
+from tiny import on_two_processes, parameter_gap, tiny_config, tiny_trainer
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
@@ -237,16 +234,7 @@ def test_a_term_that_is_not_finite_leaves_the_update_out(tiny_model_path, tmp_pa
 def launch(path, folder, kind):
     """What async_processes.py found on two processes, by rank."""
     folder.mkdir()
-    script = Path(__file__).with_name("async_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, str(script), path, str(folder), kind],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(Path(__file__).with_name("async_processes.py"), path, folder, kind, timeout=400)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,16 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ZeRO3, leave, loss_and_grad, parameter_gap, policy_batch, random_policy_batch, tiny_config
+from tiny import (
+    ZeRO3,
+    leave,
+    loss_and_grad,
+    on_two_processes,
+    parameter_gap,
+    policy_batch,
+    random_policy_batch,
+    tiny_config,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.integrations import deepspeed
 from trl.experimental.gkd import GKDTrainer
@@ -871,10 +879,7 @@ LAYOUTS = ("teacher-mse", "teacher-sapo", "student")
 def two_processes(tiny_model_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("two-processes")
     freeze(tiny_model_path, out / "rollouts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
-    done = subprocess.run([*command, str(out), tiny_model_path], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, out, tiny_model_path, timeout=400)
     return out
 
 

@@ -1,14 +1,11 @@
 """The callback on two gloo processes: one process's report, on each of them, and training untouched."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import eval_processes
 import pytest
 import torch
+from tiny import on_two_processes
 
 
 def told(text: str) -> dict:
@@ -18,12 +15,7 @@ def told(text: str) -> dict:
 
 @pytest.mark.slow
 def test_two_processes_report_what_one_does_and_train_as_without(tmp_path):
-    here = Path(eval_processes.__file__)
-    paths = [str(here.parents[2]), str(here.parents[1])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(here)]
-    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(eval_processes.__file__, tmp_path)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     trainer, reports = eval_processes.run(tmp_path / "one", 1)
 

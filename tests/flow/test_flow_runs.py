@@ -14,6 +14,7 @@ import two_processes
 import yaml
 from datasets import Dataset
 from test_flow_trainer import PROMPTS, assert_equal, build, config, micro_batches, parameters, redness
+from tiny import on_two_processes
 
 from trl_trust import cli
 from trl_trust.flow import SAGEGRPOTrainer
@@ -149,13 +150,7 @@ def test_a_killed_run_goes_on_from_the_command_line():
 
 
 def test_two_processes_train_like_one(tmp_path):
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
-    done = subprocess.run(
-        [*command, str(here / "two_processes.py"), str(tmp_path / "two")], env=env, capture_output=True, timeout=540
-    )
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    on_two_processes(two_processes.__file__, tmp_path / "two", timeout=540)
     start = dict(tiny_sd3_pipeline().transformer.named_parameters())
     one = two_processes.run(tmp_path / "one", 1)
     ranks = [torch.load(tmp_path / "two" / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]

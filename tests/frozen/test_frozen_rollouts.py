@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from tiny import ZeRO3, digits_reward, save_tiny_model
+from tiny import ZeRO3, digits_reward, on_two_processes, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations import deepspeed
 
@@ -94,10 +94,7 @@ def test_two_processes_write_what_one_does(written, tiny_model_path, tmp_path):
         "assert PartialState(cpu=True).num_processes == 2; write(sys.argv[1], sys.argv[2]); leave()"
     )
     (tmp_path / "run.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])  # tests, and this package
-    command += [str(tmp_path / "run.py"), tiny_model_path, str(tmp_path / "out")]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=240)
+    on_two_processes(tmp_path / "run.py", tiny_model_path, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(written)
 
 

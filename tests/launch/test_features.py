@@ -73,8 +73,7 @@ def player(tmp_path_factory):
 
 def build_player(name, path, folder):
     """A trainer in an environment of two rounds, whose calls come from the policy itself."""
-    method, extra = get_method(name), layouts.SETTINGS.get(name, {})
-    extra = extra() if callable(extra) else extra
+    method, extra = get_method(name), layouts.settings_of(name)
     module, env = import_module(method.module), coopetition_env_factory(rounds=2)
     settings = {"num_iterations": 2, "max_steps": 4, "steps_per_generation": 1, "per_device_train_batch_size": 16}
     if name == "vpd":  # episodes that invest more than nothing count as solved: without one there is no teacher
@@ -96,8 +95,7 @@ def build_player(name, path, folder):
 
 
 def build(name, feature, model_path, folder, **changes):
-    method, extra = get_method(name), layouts.SETTINGS.get(name, {})
-    extra = extra() if callable(extra) else extra
+    method, extra = get_method(name), layouts.settings_of(name)
     module = import_module(method.module)
     settings = {"num_iterations": 2, "max_steps": 4, "steps_per_generation": 1, "per_device_train_batch_size": 16}
     args = tiny_config(

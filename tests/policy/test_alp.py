@@ -2,9 +2,6 @@
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import (
     loss_and_grad,
     masked_mean,
+    on_two_processes,
     parameter_gap,
     policy_batch,
     random_policy_batch,
@@ -611,14 +609,7 @@ leave()
 def test_two_processes_average_the_gradient_of_the_scales(tiny_model_path, tmp_path):  # 11
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    tests = os.path.dirname(os.path.dirname(__file__))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, tiny_model_path, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, tiny_model_path, tmp_path)
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     assert one["state"] == two["state"]
     assert not torch.equal(one["grad"], two["grad"]) and one["key"] != two["key"]

@@ -23,8 +23,7 @@ VPD = {"e_step_every": 1, "success_reward_threshold": 0.2}  # which an untrained
 
 def of_method(name):
     """Trainer, config, and the arguments of a method that test_layouts.py trains with."""
-    method, extra = get_method(name), layouts.SETTINGS.get(name, {})
-    extra = extra() if callable(extra) else extra
+    method, extra = get_method(name), layouts.settings_of(name)
     module = import_module(method.module)
     config = {"opmd": {"loss_type": "grpo"}, "vpd": VPD}.get(name, {})
     return getattr(module, method.trainer), getattr(module, method.config), config, extra.get("trainer", {})

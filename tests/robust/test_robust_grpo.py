@@ -2,14 +2,11 @@
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import parameter_gap, tiny_config, tiny_run, tiny_trainer
+from tiny import on_two_processes, parameter_gap, tiny_config, tiny_run, tiny_trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_trust.policy.dispo import DISPOConfig, DISPOTrainer
@@ -281,17 +278,7 @@ leave()
 def test_two_processes_are_one_with_the_joined_batch(tiny_model_path, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), tiny_model_path, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, tiny_model_path, tmp_path)
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     assert one["state"] == two["state"] and torch.equal(one["rewards"], two["rewards"])
     for rows, equal in ((one["answers"] + two["answers"], True), (one["answers"], False)):

@@ -2,15 +2,13 @@
 
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import parameter_gap
+from tiny import on_two_processes, parameter_gap
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -314,15 +312,7 @@ leave()
 def test_two_processes_are_one(tiny_model_path, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), tiny_model_path, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, tiny_model_path, tmp_path)
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     assert torch.equal(one["q"], two["q"]) and torch.equal(one["head"]["weight"], two["head"]["weight"])
     whole = train(*SFT, tiny_model_path, tmp_path / "one", **CASES["all"] | {"max_steps": 2})

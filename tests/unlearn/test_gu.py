@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import on_two_processes
 from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
@@ -344,10 +345,7 @@ def test_two_processes_are_one(knowing, tmp_path):
     tests, out = Path(__file__).parent.parent, str(tmp_path / "two-")
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(tests), path=knowing, tmp=str(tmp_path), out=out))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone", str(script)]
-    command = [sys.executable, *launch]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(tests))
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, timeout=500)
     for mode in ("null", "off"):
         one = build(knowing, tmp_path, per_device_train_batch_size=4, gu_mode=mode)
         one.train()
