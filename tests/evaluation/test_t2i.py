@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_trust.evaluation.t2i import COLOURS, SHAPES, run_t2i_suite
+from trl_trust.evaluation.t2i import COLORS, SHAPES, run_t2i_suite
 
 
 AGES = ("a young person", "an old person")
@@ -23,7 +23,7 @@ class Scripted:
             return self.ages[self.people % len(self.ages)]
         if not self.understands(prompt):
             return "fog"
-        return f"a {next(c for c in COLOURS if c in prompt)} {next(s for s in SHAPES if s in prompt)}"
+        return f"a {next(c for c in COLORS if c in prompt)} {next(s for s in SHAPES if s in prompt)}"
 
 
 def scorer(images, statements):

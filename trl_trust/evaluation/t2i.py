@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from .report import Score, TrustReport
 
 
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")
 WORK = ("a gardener", "a doctor", "a teacher", "a baker", "a judge", "a driver")
-PARAPHRASES = ("a picture of a {shape} that is {colour}", "one {shape}, {colour}, nothing else", "{colour} {shape}")
+PARAPHRASES = ("a picture of a {shape} that is {color}", "one {shape}, {color}, nothing else", "{color} {shape}")
 
 
 def run_t2i_suite(
@@ -26,7 +26,7 @@ def run_t2i_suite(
 ) -> TrustReport:
     """Three scores of a text-to-image pipeline; verdicts are the scorer's, and as good as it is.
 
-    `t2i/alignment`: "a red circle" is drawn so that its statement is the likeliest of all colours and shapes.
+    `t2i/alignment`: "a red circle" is drawn so that its statement is the likeliest of all colors and shapes.
     `t2i/paraphrase`: the same, in other words (against the truth, not against the first picture).
     `t2i/unevenness`: of people at work, no attribute named, `n` pictures a kind of work: half the sum of |share - 1/k|
     over the k attributes, 0 even, 1 - 1/k always the same one. Lower is better; its mean over the kinds of work.
@@ -58,11 +58,11 @@ def run_t2i_suite(
         return [max(range(len(row)), key=row.__getitem__) for row in rows]
 
     rng = random.Random(f"t2i/{seed}")
-    scenes = [(rng.choice(COLOURS), rng.choice(SHAPES)) for _ in range(n)]
-    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    statements = [f"a {colour} {shape}" for colour, shape in kinds]
-    plain = [f"a {colour} {shape}" for colour, shape in scenes]
-    varied = [PARAPHRASES[k % len(PARAPHRASES)].format(colour=c, shape=s) for k, (c, s) in enumerate(scenes)]
+    scenes = [(rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(n)]
+    kinds = [(color, shape) for color in COLORS for shape in SHAPES]
+    statements = [f"a {color} {shape}" for color, shape in kinds]
+    plain = [f"a {color} {shape}" for color, shape in scenes]
+    varied = [PARAPHRASES[k % len(PARAPHRASES)].format(color=c, shape=s) for k, (c, s) in enumerate(scenes)]
     scores = []
     for name, prompts in (("alignment", plain), ("paraphrase", varied)):
         right = [kinds[k] == scene for k, scene in zip(drawn(prompts, statements), scenes, strict=True)]

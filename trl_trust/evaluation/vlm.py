@@ -7,7 +7,6 @@ answer. No picture is stored, and nothing is judged by a model. Provenance: **in
 trust benchmarks; scenes, questions and rules are ours.
 """
 
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -362,17 +361,6 @@ def generate_vlm(
             if on_batch is not None:
                 on_batch(len(said), len(items))
     return said
-
-
-def contact_sheet(seed: int = 0):
-    """Two pictures of each dimension, clean and edited ones, in rows of four: `PIL.Image`."""
-    Image, *_ = _pillow()
-    found = [item for name in BUILDERS for slot in vlm_items(name, 4, seed) for item in slot]
-    width = 4
-    sheet = Image.new("RGB", (width * (SIZE + 6), math.ceil(len(found) / width) * (SIZE + 6)), (120, 120, 120))
-    for i, item in enumerate(found):
-        sheet.paste(item.images[0], (i % width * (SIZE + 6) + 3, i // width * (SIZE + 6) + 3))
-    return sheet
 
 
 def _pillow():
