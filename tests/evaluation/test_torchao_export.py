@@ -1,5 +1,8 @@
 """The checkpoint in torchao's form: loaded again, it is what `compressed` measures."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +42,28 @@ def test_from_the_command_line(policy, tmp_path, capsys):
     words = ["compress", "--model", str(tmp_path / "dense"), "--out", str(tmp_path / "small"), "--group_size", "32"]
     assert main([*words, "--export", "torchao:int8"], launch=False) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.quantization_config is not None
+
+
+FRESH = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("Bas 42; Tell Bas?", return_tensors="pt")["input_ids"]
+print(model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)[0].tolist())
+"""
+
+
+def test_a_fresh_process_says_the_same_tokens_as_compressed(policy, tmp_path):
+    model, tokenizer = policy
+    folder = save_torchao(model, tokenizer, tmp_path / "small", bits=4, group_size=16)
+    said = subprocess.run([sys.executable, "-c", FRESH, str(folder)], capture_output=True, text=True, timeout=240)
+    assert said.returncode == 0, said.stderr[-2000:]
+    ids = tokenizer("Bas 42; Tell Bas?", return_tensors="pt")["input_ids"]
+    with compressed(model, "rtn4", group_size=16):
+        expected = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)[0].tolist()
+    assert said.stdout.strip().splitlines()[-1] == str(expected)
+    assert len(expected) == ids.shape[1] + 16
 
 
 def test_what_cannot_be_exported(policy, tmp_path):
