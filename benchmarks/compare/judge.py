@@ -88,6 +88,32 @@ def compare(
     return found
 
 
+def interquartile_mean(scores, axis: int = -1):
+    """Mean of the middle half of scores (..., n)."""
+    return stats.trim_mean(scores, 0.25, axis=axis)
+
+
+def stratified_interval(
+    strata: Sequence[Sequence[float]], statistic, n_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval, at `CONFIDENCE`, of a statistic of all values, each stratum resampled in itself.
+
+    Args:
+        strata: the values of each, a regime's scores by start.
+        statistic: of an array (n_resamples, n) along `axis=1`.
+    """
+    rng = np.random.default_rng(seed)
+    draw = lambda values: np.asarray(values, dtype=float)[rng.integers(len(values), size=(n_resamples, len(values)))]
+    found = statistic(np.concatenate([draw(values) for values in strata], axis=1), axis=1)  # (n_resamples,)
+    low, high = np.quantile(found, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
+
+
+def wins(scores: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
+    """By start: 1 where the score is above the reference's, 1/2 where they are equal, else 0."""
+    return [(np.sign(scores[s] - reference[s]) + 1) / 2 for s in sorted(set(scores) & set(reference))]
+
+
 def collapsed(record: Mapping) -> bool:
     """Rule 7."""
     if "error" in record or not record["checkpoints"]:

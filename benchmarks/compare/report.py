@@ -13,6 +13,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -154,15 +156,17 @@ class Comparison:
         return markdown(head, rows)
 
     def short_table(self, cell) -> str:
-        """The same in five columns, for the page."""
+        """The same in five columns, for the page; and the rate."""
         rows = []
         for entry, records, row in self.rows(cell):
             k, n = sum(map(judge.collapsed, records)), len(records)
             verdict = "the reference" if entry == REFERENCE else row.get("verdict", f"not judged, {n} of {self.whole}")
             change = f"{row['mean']:+.3f} {between(row['low'], row['high'])}" if "mean" in row else ""
-            cells = [entries()[entry].title, number(mean(r["score"] for r in records)), change, verdict]
+            rates = [f"{records[0]['learning_rate']:g}"] if cell[2] == OWN else []
+            cells = [entries()[entry].title, *rates, number(mean(r["score"] for r in records)), change, verdict]
             rows.append([*cells, f"{k} of {n}"])
-        return markdown(["", "score", "minus the reference", "verdict", "collapsed"], rows)
+        head = ["", *(["rate"] if cell[2] == OWN else []), "score", "minus the reference", "verdict", "collapsed"]
+        return markdown(head, rows)
 
     def windows(self) -> list[tuple[str, str, dict[str, dict[float, float]]]]:
         """Per task and regime: entry -> rate -> mean score, of entries that are whole at two rates or more."""
@@ -185,6 +189,34 @@ class Comparison:
             average = number(average) if len(by) == len(rates) else ""  # of another grid, it would compare nothing
             rows.append([entries()[entry].title, *scores, number(best), average, f"{largest:g}"])
         return markdown(head, rows)
+
+    def overall(self) -> dict[float | str, list]:
+        """Rate -> the cells at it that are whole, where these are two or more."""
+        found = defaultdict(list)
+        for cell in self.cells():
+            if self.whole_runs(cell, REFERENCE):
+                found[cell[2]].append(cell)
+        return {rate: cells for rate, cells in found.items() if len(cells) > 1}
+
+    def overall_table(self, cells: list) -> str:
+        """Of entries whole in all `cells`: interquartile mean, and how often one is above the reference."""
+        scores = lambda cell, entry: {s: r["score"] for s, r in self.whole_runs(cell, entry).items()}
+        rows = []
+        for entry in self.entries:
+            strata = [scores(cell, entry) for cell in cells]
+            if not all(strata):
+                continue
+            values = [list(by.values()) for by in strata]
+            middle = judge.interquartile_mean([v for by in values for v in by])
+            row = [entries()[entry].title, number(middle)]
+            row.append(between(*judge.stratified_interval(values, judge.interquartile_mean), sign=""))
+            won = [judge.wins(by, scores(cell, REFERENCE)) for by, cell in zip(strata, cells, strict=True)]
+            share = mean(w for by in won for w in by)
+            limits = between(*judge.stratified_interval(won, np.mean), sign="")
+            row += ["", ""] if entry == REFERENCE else [number(share, 2), limits]
+            rows.append((middle, row))
+        head = ["entry", "interquartile mean", "97.5 %", "share of pairs above the reference", "97.5 %"]
+        return markdown(head, [row for _, row in sorted(rows, key=lambda item: -item[0])])
 
     def tuning_table(self, task: str, regime: str) -> str:
         """Mean scores over the tuning starts, by rate, and the rate that was chosen; nothing where none was."""
@@ -290,6 +322,11 @@ class Comparison:
             text.append(f"\n## {self.title(cell)}\n\n{regime[0].upper()}{regime[1:]}. {n} runs.\n\n{self.table(cell)}")
         for task, regime, cell in self.windows():
             text.append(f"\n## {prefix}{task}, {regime}: the window of learning rates\n\n{self.window_table(cell)}")
+        for rate, cells in self.overall().items():
+            over = "; ".join(f"{task}, {regime}" for task, regime, _ in cells)
+            at = "each at its own best rate" if rate == OWN else f"at {rate:g} for all"
+            text.append(f"\n## {prefix}over {len(cells)} regimes, {at}\n\n{over[0].upper()}{over[1:]}.\n\n")
+            text.append(self.overall_table(cells))
         for task, regime in sorted({cell[:2] for cell in self.runs if cell[2] == OWN}):
             text.append(f"\n## {prefix}{task}, {regime}: tuning, on starts of its own\n\n")
             text.append(self.tuning_table(task, regime))
@@ -300,6 +337,8 @@ class Comparison:
         prefix = f"{self.family} " if self.family else ""
         found = {self.name_of(cell): self.short_table(cell) for cell in self.cells()}
         found |= {f"{prefix}{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
+        at = lambda rate: rate if rate == OWN else f"{rate:g}"
+        found |= {f"{prefix}over regimes {at(rate)}": self.overall_table(c) for rate, c in self.overall().items()}
         return found | {f"{prefix}hypotheses": self.hypotheses(), f"{prefix}not run": self.not_run()}
 
 

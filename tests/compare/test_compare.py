@@ -170,6 +170,24 @@ def test_each_at_its_own_rate(tmp_path):
     assert f"{12 + 12 + 2 * 3 + 2 * 4} runs" in text
 
 
+def test_over_regimes_only_what_is_whole_in_each(tmp_path):
+    cells = [(regime, entry) for regime in ("reuse", "lag_32") for entry in ("dapo", "dppo", "gspo")]
+    for regime, entry in cells[:-1]:  # GSPO in one of the two
+        for start in STARTS:
+            job = Job("addition", regime, entry, start, 1e-4)
+            write(tmp_path, job, made(job, (0.4 if regime == "lag_32" else 0.6) + 0.05 * (entry == "dppo")))
+    comparison = report.Comparison(read(tmp_path))
+    ((rate, found),) = comparison.overall().items()
+    assert rate == 1e-4 and [cell[1] for cell in found] == ["reuse", "lag_32"]
+    table = comparison.overall_table(found)
+    assert "| DPPO (TV) | 0.550 | [0.550, 0.550] | 1.00 | [1.000, 1.000] |" in table
+    assert "| DAPO (TRL's default) | 0.500 | [0.500, 0.500] |  |  |" in table
+    assert "GSPO" not in table
+    assert comparison.blocks()["over regimes 0.0001"] == table
+    text = report.Report(read(tmp_path)).markdown()
+    assert "## over 2 regimes, at 0.0001 for all\n\nAddition, reuse; addition, lag_32." in text
+
+
 def test_optimizers_are_a_family_of_their_own(tmp_path):
     last = {"pass@8": 0.1, "entropy": 0.1, "kl": 3.0}
     fallen = [{"generation": 4 * i, "pass@1": 0.01 if i > 5 else 0.5, **last} for i in range(1, 11)]

@@ -103,3 +103,12 @@ def test_generations_to_the_target_are_censored():
 
 def test_window():
     assert judge.window({1e-4: 0.6, 1e-3: 0.55, 3e-3: 0.0}) == (0.6, pytest.approx(1.15 / 3), 1e-3)
+
+
+def test_the_middle_half_and_its_interval_by_strata():
+    assert judge.interquartile_mean([7, 0, 1, 2, 3, 4, 5, 100]) == 3.5
+    # resampled within each, a stratum of equals does not move; over all six the interval would be [0, 1]
+    assert judge.stratified_interval([[1, 1, 1], [0, 0, 0]], np.mean) == (0.5, 0.5)
+    low, high = judge.stratified_interval([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]], judge.interquartile_mean)
+    assert 0.25 < low < 0.45 < high < 0.65
+    assert judge.wins({0: 0.5, 1: 0.5, 2: 0.4, 9: 1.0}, {0: 0.4, 1: 0.5, 2: 0.5}) == [1, 0.5, 0]
