@@ -30,7 +30,7 @@ OTHERS = ("on_policy", "lag_2", "lag_8", "mismatch_02", "mismatch_int8", "flippe
 ORDER = (
     *("dapo", "no_trust_region", "gspo", "dppo", "dhpo", "cispo", "dispo", "etr", "mdpo", "dppo_kl", "alp", "grpo"),
     *("sapo", "vespo", "gmpo", "trpa", "opmd", "dr_grpo", "dapo_corrected", "dapo_step_control", "opmd_tau_05"),
-    *("rlad", "vpd"),
+    *("dhpo_step_control", "etr_step_control", "rlad", "vpd"),
 )
 OPTIMIZERS = tuple(
     f"{name}{more}" for name in ("muon", "auon", "hybrid_auon", "fismo", "tram") for more in ("", "_step_control")
