@@ -2,8 +2,8 @@
 
     python benchmarks/compare/report.py
 
-writes `tables.md` and the pictures to benchmarks/results/compare/, and the tables of docs/choosing.md between its
-markers; its sentences are written by hand.
+writes `tables.md` and the pictures to benchmarks/results/compare/, and the tables of docs/choosing.md and README.md
+between their markers; their sentences are written by hand.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from work import entries, regimes
 
 REFERENCE = "dapo"
 ADAMW = (REFERENCE, "dapo_step_control")  # what the optimizers are compared with
+STEERED = ("dapo_step_control", "dhpo_step_control", "etr_step_control")
 OWN = "own"  # in place of a rate: the one that tuning chose for each entry
-PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
-# Of the committed page: a marker and what stands between it and its end
+PAGES = [Path(__file__).parents[2] / name for name in ("docs/choosing.md", "README.md")]
+# Of a committed page: a marker and what stands between it and its end
 BLOCK = re.compile(
     r"(<!-- (?P<name>[\w .-]+): made by benchmarks/compare/report.py -->\n).*?(<!-- end -->)", re.DOTALL
 )
@@ -39,6 +40,7 @@ HYPOTHESES = {
     "H4": ("DHPO lies between GRPO and GSPO", "mini_batches"),
     "H5": ("DPPO holds under stale rollouts", "lag_32"),
     "H6": ("a trust region matters once a generation is used several times", "reuse"),
+    "S1": ("under step control the term hardly matters", "reuse"),
     "O1": ("Muon collapses under RL with verifiable rewards", "mini_batches"),
     "O2": ("a bounded step mends that", "mini_batches"),
 }
@@ -218,6 +220,25 @@ class Comparison:
         head = ["entry", "interquartile mean", "97.5 %", "share of pairs above the reference", "97.5 %"]
         return markdown(head, [row for _, row in sorted(rows, key=lambda item: -item[0])])
 
+    def side_by_side(self, cells: list) -> str:
+        """A column a regime: score, and the verdict where it is one; the best mean over the regimes first."""
+        judged = {cell: self.judged(cell) for cell in cells}
+        rows = []
+        for entry in self.entries:
+            scores = [mean(r["score"] for r in self.whole_runs(cell, entry).values()) for cell in cells]
+            if not any(map(math.isfinite, scores)):
+                continue
+            row = []
+            for cell, score in zip(cells, scores, strict=True):
+                verdict = judged[cell].get(entry, {}).get("verdict")
+                text = number(score) or "not run"
+                row.append(f"{text}, {verdict}" if verdict in ("better", "worse") else text)
+            complete = all(map(math.isfinite, scores))
+            rows.append((not complete, -mean(s for s in scores if math.isfinite(s)), [entries()[entry].title, *row]))
+        several = len({task for task, *_ in cells}) > 1
+        head = ["", *((f"{task} " if several else "") + regime.replace("_", " ") for task, regime, _ in cells)]
+        return markdown(head, [row for *_, row in sorted(rows)])
+
     def tuning_table(self, task: str, regime: str) -> str:
         """Mean scores over the tuning starts, by rate, and the rate that was chosen; nothing where none was."""
         found = {entry: by for (t, r, entry), by in self.tuning.items() if (t, r) == (task, regime)}
@@ -270,6 +291,19 @@ class Comparison:
             low, high = min(scores[0], scores[2]) - judge.MARGIN, max(scores[0], scores[2]) + judge.MARGIN
             held = "holds" if low <= scores[1] <= high else "refuted"
             return f"{held}: GRPO {scores[0]:.3f}, DHPO {scores[1]:.3f}, GSPO {scores[2]:.3f}"
+        if name == "S1":
+            scores = {e: {s: r["score"] for s, r in self.whole_runs(cell, e).items()} for e in STEERED}
+            if cell[2] == OWN or not all(scores.values()):
+                return ""
+            found = judge.compare(scores, scores.pop(STEERED[0]), self.whole)
+            texts, held = [], "holds"
+            for entry, row in found.items():
+                low, high = row["low"], row["high"]
+                apart = low > judge.MARGIN or high < -judge.MARGIN
+                inside = low >= -judge.MARGIN and high <= judge.MARGIN
+                held = "refuted" if apart else held if inside or held == "refuted" else "not shown"
+                texts.append(f"{entries()[entry].title} {row['mean']:+.3f} {between(low, high)}")
+            return f"{held}: minus {entries()[STEERED[0]].title}, {', '.join(texts)}"
         if name in ("O1", "O2"):
             first, second = (REFERENCE, "muon") if name == "O1" else ("muon", "muon_step_control")
             runs = [self.whole_runs(cell, entry) for entry in (first, second)]
@@ -338,7 +372,9 @@ class Comparison:
         found = {self.name_of(cell): self.short_table(cell) for cell in self.cells()}
         found |= {f"{prefix}{task} {regime} window": self.window_table(cell) for task, regime, cell in self.windows()}
         at = lambda rate: rate if rate == OWN else f"{rate:g}"
-        found |= {f"{prefix}over regimes {at(rate)}": self.overall_table(c) for rate, c in self.overall().items()}
+        for rate, cells in self.overall().items():
+            found[f"{prefix}over regimes {at(rate)}"] = self.overall_table(cells)
+            found[f"{prefix}side by side {at(rate)}"] = self.side_by_side(cells)
         return found | {f"{prefix}hypotheses": self.hypotheses(), f"{prefix}not run": self.not_run()}
 
 
@@ -499,9 +535,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--input={args.input} holds no run of a start below {FIRST_TUNING_START}; run.py makes them")
     made = [args.input / "tables.md", *(path for family in report.families for path in draw(family, args.input))]
     made[0].write_text(report.markdown())
-    if args.input == RESULTS and PAGE.exists():
-        PAGE.write_text(fill(PAGE.read_text(), report.blocks()))
-        made.append(PAGE)
+    if args.input == RESULTS:
+        blocks = report.blocks()
+        for page in PAGES:
+            page.write_text(fill(page.read_text(), blocks))
+        made += PAGES
     print("\n".join(map(str, made)))
     return 0
 

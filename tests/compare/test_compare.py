@@ -127,9 +127,10 @@ def test_the_committed_tables_are_those_of_the_records():
     assert records
     whole = report.Report(records)
     assert (RESULTS / "tables.md").read_text() == whole.markdown()
-    page = report.PAGE.read_text()
-    assert len(list(report.BLOCK.finditer(page))) >= 2
-    assert report.fill(page, whole.blocks()) == page
+    for path, least in zip(report.PAGES, (8, 1), strict=True):
+        page = path.read_text()
+        assert len(list(report.BLOCK.finditer(page))) >= least
+        assert report.fill(page, whole.blocks()) == page
 
 
 def test_the_table_changes_with_the_records(tmp_path):
@@ -184,8 +185,24 @@ def test_over_regimes_only_what_is_whole_in_each(tmp_path):
     assert "| DAPO (TRL's default) | 0.500 | [0.500, 0.500] |  |  |" in table
     assert "GSPO" not in table
     assert comparison.blocks()["over regimes 0.0001"] == table
+    assert comparison.blocks()["side by side 0.0001"].splitlines()[2:] == [
+        "| DPPO (TV) | 0.650, better | 0.450, better |",
+        "| DAPO (TRL's default) | 0.600 | 0.400 |",
+        "| GSPO (TRL) | 0.600 | not run |",
+    ]
     text = report.Report(read(tmp_path)).markdown()
     assert "## over 2 regimes, at 0.0001 for all\n\nAddition, reuse; addition, lag_32." in text
+
+
+@pytest.mark.parametrize("gap, said", [(0.0, "holds"), (-0.05, "refuted"), (-0.032, "not shown")])
+def test_whether_the_term_matters_under_step_control(tmp_path, gap, said):
+    added = {"dapo": -0.4, "dapo_step_control": 0.0, "dhpo_step_control": 0.001, "etr_step_control": gap}
+    for entry, more in added.items():
+        for start in STARTS:
+            job = Job("addition", "reuse", entry, start, 1e-3)
+            write(tmp_path, job, made(job, 0.5 + more + (0.002 * (start % 3) if entry == "etr_step_control" else 0)))
+    answer = report.Comparison(read(tmp_path)).answer("S1", ("addition", "reuse", 1e-3))
+    assert answer.startswith(f"{said}: minus DAPO with step control, DHPO with step control +0.001 [")
 
 
 def test_optimizers_are_a_family_of_their_own(tmp_path):
