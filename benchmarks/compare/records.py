@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "compare"
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)  # the window
 EDGES = (3e-5, 1e-2)  # tried in tuning where the best rate is the first or the last
 TUNING = (1e-4, 3e-4, 1e-3)
+CLOSE = 0.03  # tuning scores nearer than that are not told apart by two starts
 STARTS = tuple(range(12))
 RESERVE = tuple(range(12, 24))
 FIRST_TUNING_START = 100
@@ -58,10 +59,21 @@ def read(root: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(root.glob("*/*/*/[!.]*.json"))]
 
 
+def close_rates(scores: dict[float, list[float]]) -> list[float]:
+    """The rates whose mean score is within `CLOSE` of the best, by the starts that all rates have had."""
+    shared = min(map(len, scores.values()))
+    means = {rate: sum(found[:shared]) / shared for rate, found in scores.items()}
+    return [rate for rate in sorted(means) if means[rate] >= max(means.values()) - CLOSE]
+
+
 def tuned_rate(scores: dict[float, list[float]]) -> tuple[float, float | None]:
-    """The rate with the best mean score, and the rate to try before it counts: the best one lies at an edge."""
-    rates = sorted(scores)
-    best = max(rates, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+    """The rate with the best mean score, and the rate to try before it counts: the best one lies at an edge.
+
+    Close rates are told apart by all starts that they share. Scores are in the order of their starts.
+    """
+    rates, close = sorted(scores), close_rates(scores)
+    shared = min(len(scores[rate]) for rate in close)
+    best = max(close, key=lambda rate: sum(scores[rate][:shared]))
     ladder = sorted({*GRID, *EDGES})
     position = ladder.index(best)
     beyond = None

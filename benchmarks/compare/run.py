@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from records import FIRST_TUNING_START, RESERVE, RESULTS, STARTS, TUNING, Job, read, tuned_rate, write
+from records import FIRST_TUNING_START, RESERVE, RESULTS, STARTS, TUNING, Job, close_rates, read, tuned_rate, write
 from work import entries, find, missing_fields, regimes, run_one
 
 
@@ -59,7 +59,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run the starts at these rates, the same for every entry, and tune nothing; the first rate first",
     )
     parser.add_argument("--seeds", type=int, default=len(STARTS), help="how many of the starts (default: 12)")
-    parser.add_argument("--tuning-seeds", type=int, default=2, help="starts a rate in tuning (default: 2)")
+    parser.add_argument(
+        "--tuning-seeds",
+        type=int,
+        default=2,
+        help="starts a rate in tuning, and as many again where rates are close (default: 2)",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--budget-minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the records")
@@ -114,20 +119,23 @@ class Plan:
             jobs = [Job(*cell, s, rate) for rate in self.args.learning_rate for s in STARTS[: self.args.seeds]]
             return [job for job in jobs if job not in self.scores], 0
         stages, rates, jobs = self.args.stage, {}, []
-        starts = range(FIRST_TUNING_START, FIRST_TUNING_START + self.args.tuning_seeds)
+        n = self.args.tuning_seeds
         runs = [*("main" in stages) * STARTS[: self.args.seeds], *("reserve" in stages) * RESERVE]
-        open_rates = list(TUNING)
-        while open_rates:  # edges are extended as long as the best is one
-            rate = open_rates.pop()
-            tuning = [Job(*cell, start, rate) for start in starts]
+        wanted = [(rate, n) for rate in TUNING]
+        while wanted:
+            rate, many = wanted.pop()
+            tuning = [Job(*cell, FIRST_TUNING_START + i, rate) for i in range(many)]
             missing = [job for job in tuning if job not in self.scores]
             jobs += missing
             if not missing:
                 rates[rate] = [self.scores[job] for job in tuning]
-            if not open_rates and not jobs:
+            if not wanted and not jobs:
                 best, beyond = tuned_rate(rates)
-                if beyond is not None and beyond not in rates:
-                    open_rates.append(beyond)
+                close = close_rates(rates)
+                if beyond is not None and beyond not in rates:  # edges are extended as long as the best is one
+                    wanted.append((beyond, n))
+                elif len(close) > 1:  # and close rates get as many starts again
+                    wanted += [(rate, 2 * n) for rate in close if len(rates[rate]) < 2 * n]
         if jobs:  # tuning is missing: where it is not asked for, nothing can be run
             return jobs if "tune" in stages else [], len(runs)
         main = [Job(*cell, start, best) for start in runs]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "compare"))
 import report
 import run
 import work
-from records import GRID, RESULTS, STARTS, TUNING, Job, read, tuned_rate, write
+from records import GRID, RESULTS, STARTS, TUNING, Job, close_rates, read, tuned_rate, write
 
 from trl_trust.methods import hosted
 
@@ -61,6 +61,26 @@ def test_edges_are_extended():
     assert tuned_rate({3e-5: [0.9], 1e-4: [0.5]}) == (3e-5, None)  # nothing lies below
 
 
+def test_close_rates_are_told_apart_by_the_starts_they_share():
+    few = {1e-4: [0.50, 0.50], 3e-4: [0.52, 0.52], 1e-3: [0.3, 0.3]}
+    assert close_rates(few) == [1e-4, 3e-4] and tuned_rate(few)[0] == 3e-4
+    assert tuned_rate(few | {1e-4: [0.50, 0.50, 0.9, 0.9]})[0] == 3e-4  # of starts that the other had not
+    more = few | {1e-4: [0.50, 0.50, 0.6, 0.6], 3e-4: [0.52, 0.52, 0.5, 0.5]}
+    assert tuned_rate(more) == (1e-4, 3e-5)
+
+
+def test_close_rates_get_more_starts(tmp_path):
+    bad = {3e-5: 0.3, 1e-3: 0.2}
+    later = {1e-4: 0.05, 3e-4: -0.05}  # what tells them apart
+    score = lambda job: bad.get(job.learning_rate, 0.5 + later.get(job.learning_rate, 0) * (job.start >= 102))
+    jobs = drained(["--regime", "reuse", "--entry", "dapo"], tmp_path, score)
+    tuning = {(job.start, job.learning_rate) for job in jobs if job.start >= 100}
+    assert tuning == {(s, rate) for s in (100, 101) for rate in (*TUNING, *bad)} | {
+        (s, rate) for s in (102, 103) for rate in later
+    }
+    assert {job.learning_rate for job in jobs if job.start < 100} == {1e-4}
+
+
 def drained(words, tmp_path, score):
     """All jobs that the runner would do, with their scores by a function."""
     args = run.parse([*words, "--output", str(tmp_path)])
@@ -75,7 +95,9 @@ def drained(words, tmp_path, score):
 
 
 def test_tuning_comes_first_and_decides_the_rate(tmp_path):
-    jobs = drained(["--regime", "reuse", "--entry", "dapo"], tmp_path, lambda job: 1 - abs(job.learning_rate - 3e-4))
+    jobs = drained(
+        ["--regime", "reuse", "--entry", "dapo"], tmp_path, lambda job: 1 - 1e3 * abs(job.learning_rate - 3e-4)
+    )
     tuning, main = jobs[: 2 * len(TUNING)], jobs[2 * len(TUNING) :]
     assert {(job.start, job.learning_rate) for job in tuning} == {(s, rate) for s in (100, 101) for rate in TUNING}
     assert [(job.start, job.learning_rate) for job in main] == [(s, 3e-4) for s in STARTS]
@@ -157,7 +179,7 @@ def test_the_table_changes_with_the_records(tmp_path):
 
 def test_each_at_its_own_rate(tmp_path):
     best = {"dapo": 3e-4, "dppo": 1e-3}
-    score = lambda job: 0.6 - abs(job.learning_rate - best[job.entry]) * 100 - job.start / 1000
+    score = lambda job: 0.6 - abs(job.learning_rate - best[job.entry]) * 200 - job.start / 1000
     drained(["--regime", "reuse", "--entry", *best], tmp_path, score)
     comparison = report.Comparison(read(tmp_path))
     cell = ("addition", "reuse", report.OWN)
