@@ -496,15 +496,17 @@ def draw_curves(comparison: Comparison, cell, path: Path) -> Path | None:
 
 def draw_window(title: str, cell: dict[str, dict[float, float]], path: Path) -> Path:
     """Mean score by learning rate, a line an entry, named at its end."""
+    import matplotlib
+
     figure, axes = _figure(1, 1, 7, 4)
     ax = axes[0][0]
-    marks = "os^Dv<>Pp*Xh"
+    marks, hues = "os^Dv<>Pp*Xh", matplotlib.colormaps["tab20"].colors
     for i, (entry, by) in enumerate(sorted(cell.items(), key=lambda item: -mean(item[1].values()))):
         rates = sorted(by)
-        style = dict(color=INK, linewidth=2) if entry == REFERENCE else dict(linewidth=1.2)
+        style = dict(color=INK, linewidth=2) if entry == REFERENCE else dict(color=hues[i % 20], linewidth=1.2)
         ax.plot(rates, [by[r] for r in rates], marker=marks[i % len(marks)], label=entries()[entry].title, **style)
     ax.set_xscale("log")
-    ax.set_ylim(0, 1)
+    ax.set_ylim(0, None)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("score")
     ax.set_title(title, loc="left")
